@@ -90,7 +90,8 @@ class Config:
     prompts_per_step: int = flag(512, "B, prompts")
     group_size: int = flag(8, "G, responses to each prompt")
     prompts_per_minibatch: int = flag(32, "prompts behind one optimizer step")
-    microbatch_tokens: int = flag(16384, "padded tokens in one forward pass: memory, not results")
+    microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and speed, "
+                                     "not results; 0 = 16384 on a GPU, 2048 on a CPU")
     resample: int = flag(2, "at most so many more rounds of sampling a step, to replace the groups "
                             "that are all right or all wrong (dynamic sampling)")
     # sampling
@@ -112,6 +113,9 @@ class Config:
     overlong_cache: int = flag(0, "DAPO's soft penalty: the reward falls linearly to 1 less over the "
                                   "last so many tokens of max_response_tokens; 0 = off")
     learning_rate: float = flag(1e-6, "AdamW, constant")
+    matmuls: str = flag("auto", "precision of the model's matrix products; auto: bf16 on a GPU, fp32 on "
+                                "a CPU. Weights, log-probabilities and entropies are fp32 always",
+                        choices=("auto", "fp32", "bf16"))
     # exams
     eval_every: int = flag(10, "steps between exams on eval_data; 0 = never")
     eval_samples: int = flag(4, "responses to each exam problem: the k of Avg@k and Pass@k")
@@ -128,7 +132,7 @@ class Config:
              "--clip-c must lie above 1 + clip_high, or be 0 for off")
         need(self.overlong_cache < self.max_response_tokens,
              "--overlong-cache must be below --max-response-tokens")
-        for name in ("prompts_per_step", "prompts_per_minibatch", "microbatch_tokens", "eval_samples",
+        for name in ("prompts_per_step", "prompts_per_minibatch", "eval_samples",
                      "max_prompt_tokens", "max_response_tokens", "warmup_batch"):
             need(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
 
@@ -136,7 +140,7 @@ class Config:
 PRESETS = {   # a name, or a part of one: what such a model changes
     "tiny": dict(train_data="addition", eval_data="addition", warmup_data="addition",
                  warmup_steps=1000, warmup_batch=16, warmup_learning_rate=2e-3, steps=30, prompts_per_step=32,
-                 prompts_per_minibatch=8, microbatch_tokens=4096, resample=0, top_p=1.0,
+                 prompts_per_minibatch=8, resample=0, top_p=1.0,
                  max_prompt_tokens=32, max_response_tokens=64, learning_rate=1e-4,
                  eval_samples=8, eval_temperature=1.0, eval_top_p=1.0),
     "DeepScaleR-1.5B": dict(group_size=16, prompts_per_step=64, steps=900,
@@ -569,6 +573,24 @@ def draw(logits, temperature, top_p):
     return torch.multinomial(p, 1)[:, 0]
 
 
+class RoomyLayer(transformers.cache_utils.DynamicLayer):
+    """The KV cache of one layer, with free room behind it. The stock layer copies all it holds at
+    every token; this one writes new tokens into the room, and copies once in 64."""
+    room = None
+
+    def update(self, keys, values, *args, **kwargs):
+        """Append keys, values (rows, heads, new tokens, D) -> all keys, all values."""
+        start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
+        if start == 0:
+            return super().update(keys, values, *args, **kwargs)
+        if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < end:
+            self.room = [torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)]
+        for room, new in zip(self.room, (keys, values)):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+
 @torch.no_grad()
 def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids):
     """G responses to each prompt: decoding, written out.
@@ -581,28 +603,32 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     device, P = lm.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
     seen = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
+    cache = transformers.DynamicCache(config=lm.config)
+    cache.layers = [RoomyLayer() if type(x) is transformers.cache_utils.DynamicLayer else x
+                    for x in cache.layers]
     out = lm(ids, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-             use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
+             past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(group_size)
     logits, seen = (x.repeat_interleave(group_size, 0) for x in (out.logits[:, -1], seen))
     N = len(logits)
     tokens = torch.zeros(N, max_tokens, dtype=torch.long, device=device)
     logp, H = torch.zeros(2, N, max_tokens, device=device)
     length, ended = torch.zeros(2, N, dtype=torch.long, device=device)
-    row, stop = torch.arange(N, device=device), torch.tensor(stop_ids, device=device)  # alive rows
+    row, stop = torch.arange(N, device=device), torch.tensor(stop_ids, device=device)
+    writes = torch.ones(N, dtype=torch.bool, device=device)                            # (rows,)
     for t in range(max_tokens):
         token = draw(logits, temperature, top_p)                                       # (rows,)
-        tokens[row, t], length[row] = token, t + 1
+        tokens[row, t], length[row[writes]] = token, t + 1
         logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature or 1.0)
         done = torch.isin(token, stop)
-        ended[row[done]] = 1
-        if done.all() or t + 1 == max_tokens:
+        ended[row[writes & done]] = 1
+        writes &= ~done
+        if not writes.any() or t + 1 == max_tokens:
             break
-        if done.any():
-            alive = (~done).nonzero()[:, 0]
-            row, token, seen = row[alive], token[alive], seen[alive]
-            cache.batch_select_indices(alive)
+        if writes.sum() <= 0.8 * len(writes):       # leaving copies the cache: a few rows at a time
+            stay = writes.nonzero()[:, 0]
+            row, token, seen, writes = row[stay], token[stay], seen[stay], writes[stay]
+            cache.batch_select_indices(stay)
         position = seen.sum(1, keepdim=True)                                           # (rows, 1)
         seen = torch.cat([seen, torch.ones_like(position)], 1)
         logits = lm(token[:, None], attention_mask=seen, position_ids=position,
@@ -610,7 +636,7 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     T = int(length.max())
     responses = [x[:n] for x, n in zip(tokens.tolist(), length.tolist())]
     batch = pack([p for p in prompts for _ in range(group_size)], responses, device)
-    return replace(batch, logp=logp[:, :T], H=H[:, :T], ended=ended.bool())
+    return replace(batch, logp=logp[:, :T] * batch.mask, H=H[:, :T] * batch.mask, ended=ended.bool())
 
 
 def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids):
@@ -659,9 +685,9 @@ def chunked_log_prob_and_entropy(hidden, head, tokens, temperature):
 class Policy(torch.nn.Module):
     """pi_theta: a transformers causal LM whose forward returns what RL needs instead of logits."""
 
-    def __init__(self, lm):
+    def __init__(self, lm, bf16):
         super().__init__()
-        self.lm = lm
+        self.lm, self.bf16 = lm, bf16
 
     def forward(self, batch, temperature):
         """logp and H of every response token under today's weights: (N, T), (N, T), 0 outside.
@@ -671,7 +697,7 @@ class Policy(torch.nn.Module):
         cannot see it from any real token, so no attention mask is needed.
         """
         ids, mask = batch.ids, batch.mask
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             row, t = mask.nonzero(as_tuple=True)                                       # (M,) both
             at = batch.prompt_len[row] + t                                             # (M,)
@@ -718,7 +744,7 @@ class Run:
         return time.perf_counter()
 
     def refresh(self):
-        """Bring the sampling model up to date: a bf16 copy on a GPU; on the CPU it is the policy."""
+        """Bring the sampling model up to date: a bf16 copy, or with fp32 matmuls the policy itself."""
         if self.sampler is not self.policy.lm:
             self.sampler.load_state_dict(self.policy.lm.state_dict())
 
@@ -740,13 +766,18 @@ def load(cfg):
         same = torch.allclose(lm.get_output_embeddings()(hidden), lm(probe).logits, atol=1e-3)
     need(same, f"{cfg.model} changes its logits after the output head (a soft cap or a scale); "
                "do the same in log_prob_and_entropy to train it")
-    sampler = lm if lm.device.type == "cpu" else AutoModelForCausalLM.from_config(
+    bf16 = cfg.matmuls == "bf16" or cfg.matmuls == "auto" and lm.device.type == "cuda"
+    sampler = lm if not bf16 else AutoModelForCausalLM.from_config(
         lm.config, dtype=torch.bfloat16).to(lm.device).eval()
-    return Run(cfg, Policy(lm), tokenizer, sorted(stop_ids), sampler)
+    run = Run(cfg, Policy(lm, bf16), tokenizer, sorted(stop_ids), sampler)
+    run.refresh()
+    return run
 
 
-def micro_batches(lengths, tokens):
+def micro_batches(batch, cfg):
     """Row indices cut so that rows * longest row <= tokens, longest rows first: little padding."""
+    lengths, tokens = batch.prompt_len + batch.response_len, cfg.microbatch_tokens
+    tokens = tokens or (16384 if batch.ids.is_cuda else 2048)
     order = lengths.argsort(descending=True, stable=True)
     while len(order):
         n = max(1, tokens // int(lengths[order[0]]))
@@ -772,7 +803,7 @@ def learn(run, optimizer, mini, what):
     cfg, loss, clipped = run.cfg, 0.0, 0
     clips = cfg.clip_low, cfg.clip_high, cfg.clip_c
     weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)          # (N, T), sums to 1
-    for i in micro_batches(mini.prompt_len + mini.response_len, cfg.microbatch_tokens):
+    for i in micro_batches(mini, cfg):
         micro = mini.rows(i)
         w = weight[i][:, :micro.A.shape[1]]                                   # (n, T)
         logp, _ = run.policy(micro, cfg.temperature)                          # (n, T)
@@ -803,7 +834,7 @@ def imitate(run, problems):
             ends = [x[:cfg.max_response_tokens - 1] + [run.tokenizer.eos_token_id] for x in solutions]
             batch = pack([p.ids for p in taken], ends, run.policy.lm.device)
             tokens, loss = int(batch.response_len.sum()), 0.0
-            for i in micro_batches(batch.prompt_len + batch.response_len, cfg.microbatch_tokens):
+            for i in micro_batches(batch, cfg):
                 logp, _ = run.policy(batch.rows(i), 1.0)
                 part = -logp.sum() / tokens
                 part.backward()
@@ -847,7 +878,7 @@ def score(run, batch, temperature):
     or an engine with kernels of its own, would put its rounding errors into rho."""
     with run.timed("score"):
         batch.logp, batch.H = torch.zeros(2, *batch.mask.shape, device=batch.ids.device)
-        for i in micro_batches(batch.prompt_len + batch.response_len, run.cfg.microbatch_tokens):
+        for i in micro_batches(batch, run.cfg):
             for mine, theirs in zip((batch.logp, batch.H), run.policy(batch.rows(i), temperature)):
                 mine[i, :theirs.shape[1]] = theirs
 
