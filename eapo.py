@@ -841,6 +841,7 @@ def imitate(run, problems):
                 loss += float(part.detach())
             optimizer_step(run.policy, optimizer, f"warm-up step {step + 1}")
             bar.set_postfix_str(f"loss {loss:.3f} nats a token", refresh=False)
+    run.refresh()
 
 
 # --------------------------------------------------------------------------------------------------
