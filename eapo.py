@@ -48,6 +48,7 @@ import platform
 import random
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -708,17 +709,29 @@ class Policy(torch.nn.Module):
 
 
 def tiny_model(seed):
-    """A 0.4M-parameter Qwen2 with random weights, and a tokenizer of bytes."""
+    """A 0.4M-parameter Llama with random weights, and a tokenizer of single characters.
+
+    The tokenizer is written as the file that a Hugging Face folder holds: byte-pair encoding
+    without a single merge leaves characters. The chat template makes a prompt the bare problem.
+    """
+    special, pieces = ["<pad>", "<eos>", "<unk>"], [*"0123456789+= }", "\\boxed{"]
+    vocabulary = {piece: n for n, piece in enumerate(special + pieces)}
+    whole = [{"id": vocabulary[x], "content": x, "special": x in special, "normalized": False,
+              "single_word": False, "lstrip": False, "rstrip": False} for x in special + pieces[-1:]]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "tokenizer.json")
+        with open(path, "w") as f:
+            json.dump({"version": "1.0", "added_tokens": whole, "decoder": {"type": "Fuse"}, "model": {
+                "type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<unk>"}}, f)
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=path, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+            chat_template="{{ messages[0]['content'] }}")
     torch.manual_seed(seed)
-    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
-    tokenizer.add_tokens(["\\boxed{"])
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"       # a prompt is the bare problem
-    config = transformers.Qwen2Config(
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)
-    return transformers.Qwen2ForCausalLM(config), tokenizer
+        initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)), tokenizer
 
 
 @dataclass
@@ -1098,10 +1111,10 @@ def train(cfg):
             batch, rows = roll_out(run, stream)
 
             # Compare: credit each response against its group, then each token by its entropy.
-            used = batch.rows(rows)
-            A = group_advantages(used.reward, cfg.group_size)                           # (1)
-            used.A = entropy_aware_advantages(A, used.H, used.mask, cfg.group_size,
-                                              cfg.alpha, cfg.phi)                       # (7)
+            A = group_advantages(batch.reward, cfg.group_size)                          # (1)
+            batch.A = entropy_aware_advantages(A, batch.H, batch.mask, cfg.group_size,
+                                               cfg.alpha, cfg.phi)                      # (7)
+            used = batch.rows(rows)         # the groups that disagree; in the others A is 0
 
             # Learn: one clipped gradient step per mini-batch.
             with run.timed("update"):

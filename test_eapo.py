@@ -1,0 +1,625 @@
+"""The claims of eapo.py, one test each: pytest test_eapo.py, or python test_eapo.py.
+
+Expected values are worked out by hand in the docstring, or come from something independent of the
+code under test: autograd, a naive loop, transformers' own generate. No download, no GPU.
+"""
+import itertools
+import json
+import math
+import os
+
+import pytest
+import torch
+import transformers
+
+import eapo
+from eapo import (Batch, Policy, Problem, entropy_aware_advantages, entropy_score, group_advantages,
+                  policy_loss, quadrants, token_entropy, token_weights)
+
+ALPHA, PHI = 0.2, 2.0
+CLIPS = 0.2, 0.28, 3.0
+torch.set_num_threads(1)
+
+
+def tiny_lm(seed=0, vocab=32, tied=True):
+    """A random Qwen2 whose logits are far from uniform, so that errors show."""
+    torch.manual_seed(seed)
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=1, pad_token_id=1)).eval()      # pad == eos, as so often
+
+
+def tiny_batch(n=4, vocab=32, seed=0):
+    """n rows of uneven prompts and responses; the last token of each response is the stop token."""
+    torch.manual_seed(seed)
+    prompts = [torch.randint(2, vocab, (2 + i % 3,)).tolist() for i in range(n)]
+    responses = [torch.randint(2, vocab, (1 + 2 * i % 7,)).tolist() + [1] for i in range(n)]
+    return eapo.pack(prompts, responses, "cpu")
+
+
+def random_group_batch(B=3, G=4, T=6, seed=0):
+    """rewards, H, mask of B groups in which right and wrong responses and lengths are mixed."""
+    torch.manual_seed(seed)
+    rewards = torch.tensor([1., -1, -1, 1] * B)
+    H = torch.rand(B * G, T) ** 3 * 4
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B * G, 1))
+    return rewards, H, mask
+
+
+def config(tmp_path, *args):
+    return eapo.parse_args([*map(str, args), "--out", str(tmp_path / "run")])
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path / "run" / "metrics.jsonl")]
+
+
+# ---- advantages ----------------------------------------------------------------------------------
+
+def test_one_right_response_in_four_earns_what_the_three_wrong_ones_lose():
+    """r = 1, -1, -1, -1: mean -1/2; deviations 3/2, -1/2 three times; sum of squares 3, over n - 1
+    is 1, so std 1 and A = 3/2, -1/2, -1/2, -1/2. With n instead of n - 1 it would be sqrt(3)."""
+    A = group_advantages(torch.tensor([1., -1, -1, -1]), group_size=4)
+    torch.testing.assert_close(A, torch.tensor([1.5, -.5, -.5, -.5]), atol=1e-5, rtol=0)
+
+
+def test_a_group_is_compared_with_itself_only():
+    """Two groups, the second easier: mixing them would change both."""
+    one, two = torch.tensor([1., -1]), torch.tensor([1., 1, 1, -1]).view(2, 2).flatten()
+    A = group_advantages(torch.cat([one, two]), group_size=2)
+    torch.testing.assert_close(A, torch.tensor([.70711, -.70711, 0, 0, .70711, -.70711]), atol=1e-4,
+                               rtol=0)
+
+
+def test_a_group_that_agrees_teaches_nothing():
+    for r in (1.0, -1.0):
+        A = group_advantages(torch.full((8,), r), group_size=8)
+        H, mask = torch.rand(8, 5), torch.ones(8, 5, dtype=torch.bool)
+        assert A.tolist() == [0.0] * 8
+        assert not entropy_aware_advantages(A, H, mask, 8, ALPHA, PHI).any()
+
+
+# ---- entropy, quadrants, EAPO --------------------------------------------------------------------
+
+def test_token_entropy_is_log_v_without_an_idea_and_zero_when_sure():
+    assert token_entropy(torch.zeros(3, 50)).tolist() == pytest.approx([math.log(50)] * 3)
+    sure = torch.tensor([[0., 1000, 0], [float("-inf"), 0, float("-inf")]], requires_grad=True)
+    H = token_entropy(sure)
+    H.sum().backward()
+    assert H.tolist() == [0, 0] and not sure.grad.isnan().any()
+
+
+def test_token_entropy_of_half_a_quarter_and_a_quarter():
+    """H = 1/2 log 2 + 2 * 1/4 log 4 = 3/2 log 2."""
+    H = token_entropy(torch.tensor([.5, .25, .25]).log())
+    assert float(H) == pytest.approx(1.5 * math.log(2))
+
+
+def test_entropy_score_by_hand():
+    """One group of two responses, entropies 0 1 2 and 3 (the second ends after one token):
+    mu = 1.5, squares 2.25 .25 .25 2.25 = 5, over 3, sigma = 1.29099; (0 - mu)/sigma = -1.1619,
+    (1 - mu)/sigma = -.3873. |A| = 2 and phi = 2: the clip is at 1, so -1, -.3873, .3873, 1."""
+    H = torch.tensor([[0., 1, 2], [3, 99, 99]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    A = torch.tensor([2., -2.])
+    score = entropy_score(A, H, mask, group_size=2, phi=2)
+    torch.testing.assert_close(score[mask], torch.tensor([-1, -.3873, .3873, 1]), atol=1e-4, rtol=0)
+    shaped = entropy_aware_advantages(A, H, mask, 2, alpha=.5, phi=2)
+    torch.testing.assert_close(shaped, torch.tensor([[1.5, 1.80635, 2.19365], [-2.5, 0, 0]]),
+                               atol=1e-4, rtol=0)
+
+
+def test_eapo_is_what_a_loop_over_the_papers_formulas_gives():
+    """Eq. 6 and 7, token by token, in plain Python."""
+    rewards, H, mask = random_group_batch()
+    A = group_advantages(rewards, 4)
+    shaped = entropy_aware_advantages(A, H, mask, 4, ALPHA, PHI)
+    for g in range(3):
+        rows = range(4 * g, 4 * g + 4)
+        values = [float(H[i, t]) for i in rows for t in range(6) if mask[i, t]]
+        mu = sum(values) / len(values)
+        sigma = math.sqrt(sum((h - mu) ** 2 for h in values) / (len(values) - 1)) + 1e-6
+        for i, t in itertools.product(rows, range(6)):
+            a = float(A[i])
+            score = max(-abs(a) / PHI, min(abs(a) / PHI, (float(H[i, t]) - mu) / sigma))
+            expected = a + ALPHA * math.copysign(1, a) * score if mask[i, t] else 0
+            assert float(shaped[i, t]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_entropy_makes_an_advantage_louder_or_softer_but_never_flips_it():
+    """|score| <= |A|/phi, so A^CA / A is in [1 - alpha/phi, 1 + alpha/phi] = [.9, 1.1]. Entropies
+    over ten decades put tokens on both stops: equality at both ends, or the clip is wrong."""
+    torch.manual_seed(0)
+    A, H = torch.randn(64), 10 ** torch.empty(64, 32).uniform_(-5, 5)
+    mask = torch.ones_like(H, dtype=torch.bool)
+    for scale in (1.0, 0.01):       # the bound scales with |A|
+        ratio = entropy_aware_advantages(A * scale, H, mask, 8, ALPHA, PHI) / (A * scale)[:, None]
+        torch.testing.assert_close(ratio.min(), torch.tensor(1 - ALPHA / PHI))
+        torch.testing.assert_close(ratio.max(), torch.tensor(1 + ALPHA / PHI))
+
+
+def test_uncertain_tokens_get_more_of_the_credit_and_more_of_the_blame():
+    """H = 0 and 4 in both a right and a wrong response: |A^CA| grows with H in both."""
+    H, mask = torch.tensor([[0., 4.], [0., 4.]]), torch.ones(2, 2, dtype=torch.bool)
+    good, bad = entropy_aware_advantages(torch.tensor([1., -1.]), H, mask, 2, ALPHA, PHI)
+    assert 0 < good[0] < 1 < good[1] and bad[1] < -1 < bad[0] < 0
+
+
+def test_the_entropy_score_is_a_weight_and_not_an_objective():
+    """If the score carried a gradient, the policy could raise its return by being unsure."""
+    logits = torch.randn(2, 5, 7, requires_grad=True)
+    H, mask = token_entropy(logits), torch.ones(2, 5, dtype=torch.bool)
+    assert not entropy_aware_advantages(torch.tensor([1., -1]), H, mask, 2, ALPHA, PHI).requires_grad
+
+
+def test_alpha_zero_is_grpo():
+    rewards, H, mask = random_group_batch()
+    A = group_advantages(rewards, 4)
+    assert entropy_aware_advantages(A, H, mask, 4, 0.0, PHI).equal(A[:, None] * mask)
+
+
+def test_padding_does_not_move_mu_or_sigma():
+    """The same tokens in a wider tensor full of rubbish: the same advantages and quadrants."""
+    rewards, H, mask = random_group_batch()
+    A = group_advantages(rewards, 4)
+    wide_H = torch.cat([torch.where(mask, H, 1e6), torch.full((12, 3), float("nan"))], 1)
+    wide = torch.cat([mask, torch.zeros(12, 3, dtype=torch.bool)], 1)
+    for f in (lambda H, m: entropy_aware_advantages(A, H.nan_to_num(), m, 4, ALPHA, PHI),
+              lambda H, m: quadrants(rewards, H, m, 4)):
+        torch.testing.assert_close(f(wide_H, wide)[:, :6], f(H, mask))
+
+
+def test_the_four_quadrants_by_hand():
+    """Group 1: mu = 2; a right response with H 1, 3 and a wrong one with 2, 2 (>= counts as high).
+    Group 2 has its own mu = 20, so its 15 is low although it is the third highest of all."""
+    H = torch.tensor([[1., 3], [2, 2], [15, 30], [15, 0]])
+    mask = torch.tensor([[True, True], [True, True], [True, True], [True, False]])
+    q = quadrants(torch.tensor([1., -1, 1, -1]), H, mask, group_size=2)
+    assert q.tolist() == [[2, 1], [4, 4], [2, 1], [3, 0]]
+
+
+def test_grpo_is_the_sum_of_its_four_quadrants_in_value_and_gradient():
+    """L = L_PHR + L_PLR + L_NLR + L_NHR with the normaliser of the whole (B.1)."""
+    rewards, H, mask = random_group_batch()
+    A = group_advantages(rewards, 4)[:, None] * mask
+    q, torch_logp = quadrants(rewards, H, mask, 4), torch.randn(12, 6).requires_grad_()
+    old, weight = torch.zeros(12, 6), token_weights(mask, 4, "tokens")
+    whole = policy_loss(torch_logp, old, A, weight, *CLIPS)
+    parts = [policy_loss(torch_logp, old, A * (q == k), weight, *CLIPS) for k in (1, 2, 3, 4)]
+    grads = [torch.autograd.grad(x, torch_logp, retain_graph=True)[0] for x in (whole, *parts)]
+    torch.testing.assert_close(whole, sum(parts))
+    torch.testing.assert_close(grads[0], sum(grads[1:]))
+    assert all(g.any() for g in grads)
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+def test_on_policy_the_gradient_of_the_loss_is_the_policy_gradient():
+    """At rho = 1 the gradient is - sum A grad log pi; at the logits that is -A (1 - pi_o) for the
+    drawn token and +A pi_v for any other (Eq. 5)."""
+    torch.manual_seed(0)
+    logits, token, A = torch.randn(1, 5, requires_grad=True), torch.tensor([3]), torch.tensor([[.7]])
+    logp = logits.log_softmax(-1).gather(1, token[:, None])
+    policy_loss(logp, logp.detach(), A, torch.ones(1, 1), *CLIPS).backward()
+    p = logits.detach().softmax(-1)
+    torch.testing.assert_close(logits.grad, .7 * (p - torch.nn.functional.one_hot(token, 5)))
+
+
+def test_the_clip_stops_the_gradient_only_where_it_would_push_further_out():
+    """Trust region [.8, 1.28]; d loss / d logp = -rho A, or 0 where clipped. A good token at 1.25
+    still gains, at 2 it is clipped, at .75 it is pulled back; a bad one at .75 is clipped, at .85
+    still falls, at 2 it is pulled back, at 4 it is beyond c = 3 and constant."""
+    rho = torch.tensor([[1.25, 2.0, 0.75, 0.75, 0.85, 2.0, 4.0]])
+    A = torch.tensor([[1., 1, 1, -1, -1, -1, -1]])
+    logp = rho.log().requires_grad_()
+    loss = policy_loss(logp, torch.zeros(1, 7), A, torch.ones(1, 7), *CLIPS)
+    loss.backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([[-1.25, 0, -.75, 0, .85, 2, 0]]))
+    torch.testing.assert_close(float(loss.detach()), -(1.25 + 1.28 + .75 - .8 - .85 - 2 - 3))
+
+
+def test_without_the_lower_bound_a_bad_token_costs_rho():
+    """c = 0 turns PPO's lower bound off: at rho = 4 and A = -1 the loss is 4, not 3."""
+    args = torch.tensor([[4.0]]).log(), torch.zeros(1, 1), torch.tensor([[-1.]]), torch.ones(1, 1)
+    assert float(policy_loss(*args, .2, .28, 0.0)) == pytest.approx(4)
+    assert float(policy_loss(*args, .2, .28, 3.0)) == pytest.approx(3)
+
+
+def test_a_token_weighs_the_same_or_a_group_does():
+    """Groups of 2 with 1 + 3 and 2 + 2... tokens: 4 and 6 in all. By tokens each weighs 1/10; by
+    groups, as Eq. 2 is printed, 1/(2*4) in the first and 1/(2*6) in the second."""
+    mask = torch.arange(4) < torch.tensor([[1], [3], [2], [4]])
+    by_token, by_group = (token_weights(mask, 2, mode) for mode in ("tokens", "group"))
+    assert by_token[mask].tolist() == pytest.approx([1 / 10] * 10)
+    assert by_group[mask].tolist() == pytest.approx([1 / 8] * 4 + [1 / 12] * 6)
+    assert not by_token[~mask].any() and not by_group[~mask].any()
+
+
+@pytest.mark.parametrize("loss_mean", ["tokens", "group"])
+def test_cutting_a_mini_batch_into_micro_batches_does_not_change_the_gradient(loss_mean):
+    """Micro-batches of one row, of some, of all: the same gradient, in double precision to 1e-12."""
+    grads = []
+    for tokens in (1, 20, 1000):
+        policy, batch = Policy(tiny_lm().double(), False), tiny_batch(8)
+        torch.manual_seed(1)
+        batch.A = torch.randn(batch.mask.shape).double() * batch.mask
+        with torch.no_grad():
+            logp, batch.H = policy(batch, 1.0)
+        batch.logp = logp - 0.1 * torch.randn(logp.shape).double() * batch.mask
+        cfg = eapo.parse_args(["--group-size", "4", "--microbatch-tokens", str(tokens),
+                               "--loss-mean", loss_mean])
+        kept = []
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+        optimizer.zero_grad = lambda **_: kept.extend(p.grad for p in policy.parameters())
+        eapo.learn(eapo.Run(cfg, policy, None, [1], policy.lm), optimizer, batch, "test")
+        grads.append(torch.cat([g.flatten() for g in kept]))
+    assert grads[0].norm() > 1e-3
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grads[0], grads[2], rtol=1e-5, atol=1e-7)
+
+
+# ---- log-probabilities and entropies -------------------------------------------------------------
+
+def naive(lm, prompt, response, temperature):
+    """log p and H of each response token from a plain forward pass over one row."""
+    logits = lm(torch.tensor([prompt + response])).logits[0].float() / temperature
+    logp = torch.log_softmax(logits, -1)[len(prompt) - 1:-1]
+    return logp[range(len(response)), response], -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_chunked_log_probabilities_and_entropies_equal_the_naive_ones_with_gradients(monkeypatch, tied):
+    """Chunks of 2 tokens, temperature 0.7, rows of uneven length, against one row at a time."""
+    monkeypatch.setattr(eapo, "CHUNK", 2 * 32)
+    batch = tiny_batch(5)
+    lm, other = tiny_lm(tied=tied), tiny_lm(tied=tied)
+    logp, H = Policy(lm, False)(batch, 0.7)
+    (logp.sum() + 3 * (H * batch.mask).square().sum()).backward()
+    total = 0
+    for i in range(5):
+        p = int(batch.prompt_len[i])
+        want_logp, want_H = naive(other, batch.ids[i, :p].tolist(), batch.response(i), 0.7)
+        torch.testing.assert_close(logp[i][batch.mask[i]], want_logp, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(H[i][batch.mask[i]], want_H, rtol=1e-4, atol=1e-5)
+        total = total + want_logp.sum() + 3 * want_H.square().sum()
+    total.backward()
+    assert not logp[~batch.mask].any() and not H[~batch.mask].any()
+    for ours, theirs in zip(lm.parameters(), other.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_no_matrix_of_logits_is_larger_than_a_chunk(monkeypatch):
+    """Every output of the head is seen by a hook, in forward and in the recomputation in backward."""
+    monkeypatch.setattr(eapo, "CHUNK", 3 * 32)
+    sizes, lm = [], tiny_lm()
+    lm.get_output_embeddings().register_forward_hook(lambda m, i, out: sizes.append(out.numel()))
+    Policy(lm, False)(tiny_batch(5), 1.0)[0].sum().backward()
+    chunks = -(-int(tiny_batch(5).response_len.sum()) // 3)
+    assert max(sizes) <= 3 * 32 and len(sizes) == 2 * chunks
+
+
+def test_neighbours_and_padding_leave_log_probabilities_unchanged():
+    batch, policy = tiny_batch(6), Policy(tiny_lm(), False)
+    together = policy(batch, 1.0)
+    for i in range(6):
+        alone = policy(batch.rows(torch.tensor([i])), 1.0)
+        for x, y in zip(together, alone):
+            torch.testing.assert_close(x[i:i + 1, :y.shape[1]], y, rtol=1e-4, atol=1e-5)
+
+
+def test_the_stop_token_is_trained_on_and_prompt_and_padding_are_not():
+    """pad == eos here. d loss / d head row of a token is nonzero through its logit: look at logp of
+    the last response token, which is the stop token, and at what the mask covers."""
+    batch, lm = tiny_batch(4), tiny_lm()
+    assert batch.mask.sum(1).equal(batch.response_len)
+    assert all(batch.response(i)[-1] == 1 for i in range(4))
+    logp, _ = Policy(lm, False)(batch, 1.0)
+    last = logp[range(4), batch.response_len - 1]
+    A = torch.ones(4, 1) * batch.mask
+    loss = policy_loss(logp, logp.detach(), A, token_weights(batch.mask, 4, "tokens"), *CLIPS)
+    grad = torch.autograd.grad(loss, logp)[0]
+    assert (last != 0).all()
+    torch.testing.assert_close(grad, -(batch.mask / batch.mask.sum()))
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_samplers_log_probabilities_are_those_of_the_update(temperature):
+    """Left-padded prompts, a repeated cache, rows that leave early: the same numbers as one
+    forward pass over the finished text."""
+    torch.manual_seed(0)
+    lm = tiny_lm()
+    batch = eapo.sample_loop(lm, PROMPTS, 8, 12, temperature, 1.0, [1, 2, 3])
+    logp, H = Policy(lm, False)(batch, temperature)
+    assert 0 < int(batch.ended.sum()) < 24 and len(set(batch.response_len.tolist())) > 3
+    torch.testing.assert_close(batch.logp, logp, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(batch.H, H, rtol=1e-3, atol=1e-4)
+
+
+def test_greedy_responses_of_loop_and_engine_are_those_of_generate():
+    lm, G = tiny_lm(seed=3), 2
+    want = []
+    for prompt in PROMPTS:
+        out = lm.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
+                          max_new_tokens=9, do_sample=False, eos_token_id=[1, 4])
+        want += [out[0, len(prompt):].tolist()] * G
+    for sample in (eapo.sample_loop, eapo.sample_engine):
+        batch = sample(lm, PROMPTS, G, 9, 0, 1.0, [1, 4])
+        assert [batch.response(i) for i in range(6)] == want, sample.__name__
+        assert batch.ended.tolist() == [w[-1] in (1, 4) for w in want]
+
+
+def test_the_engine_draws_from_the_same_distribution_group_by_group():
+    """One-token responses: 3 prompts x 400 draws against softmax(logits / 0.8), no hidden top-k."""
+    lm, n = tiny_lm(seed=1), 400
+    batch = eapo.sample_engine(lm, PROMPTS, n, 1, 0.8, 1.0, [1])
+    for g, prompt in enumerate(PROMPTS):
+        drawn = batch.ids[g * n:(g + 1) * n, len(prompt)]
+        assert batch.ids[g * n, :len(prompt)].tolist() == prompt
+        p = (lm(torch.tensor([prompt])).logits[0, -1] / 0.8).softmax(-1)
+        seen = torch.bincount(drawn, minlength=32) / n
+        assert float((seen - p.detach()).abs().sum()) < 0.35     # expected about sqrt(32 * 2 / (pi 400)) = .22
+
+
+def test_draw_follows_temperature_and_top_p():
+    """p = .5 .3 .2: top-p .6 keeps the first two (.5 < .6), renormalised to .625 and .375; top-p .5
+    keeps one. At temperature 1/2 p goes as its square: .25 .09 .04 over .38."""
+    torch.manual_seed(0)
+    logits = torch.tensor([.5, .3, .2]).log().expand(20000, 3)
+    share = lambda *how: (torch.bincount(eapo.draw(logits, *how), minlength=3) / 20000).tolist()
+    assert share(1.0, 1.0) == pytest.approx([.5, .3, .2], abs=.015)
+    assert share(1.0, .6) == pytest.approx([.625, .375, 0], abs=.015)
+    assert share(1.0, .5) == [1, 0, 0] and share(0, 1.0) == [1, 0, 0]
+    assert share(0.5, 1.0) == pytest.approx([.658, .237, .105], abs=.015)
+
+
+def test_a_row_that_stops_does_not_disturb_the_others():
+    """Greedy rows are independent: with and without the neighbours that stop early."""
+    lm = tiny_lm(seed=3)
+    all_rows = eapo.sample_loop(lm, PROMPTS, 1, 20, 0, 1.0, [1, 4, 7, 9])
+    assert len(set(all_rows.response_len.tolist())) > 1
+    for i, prompt in enumerate(PROMPTS):
+        alone = eapo.sample_loop(lm, [prompt], 1, 20, 0, 1.0, [1, 4, 7, 9])
+        assert all_rows.response(i) == alone.response(0)
+
+
+# ---- problems and prompts ------------------------------------------------------------------------
+
+def test_a_pupil_is_right_exactly_when_every_carry_is_written():
+    """And about 4 in 10 are, as the warm-up wants."""
+    problems = eapo.addition("warmup")[:2000]
+    right = 0
+    for p in problems:
+        a, b = p.text[:-1].split("+")
+        carries, carry = [], 0
+        for x, y in zip(reversed(a), reversed(b)):
+            carries.append(bool(carry))
+            carry = int(x) + int(y) + carry > 9
+        written = [c.count("+") == 2 for c in p.solution.split(" ")[:4]]
+        assert eapo.is_correct(p.solution, p.answer) == (written == carries)
+        right += written == carries
+    assert 0.35 < right / 2000 < 0.5
+
+
+def test_exam_training_and_warm_up_share_no_problem():
+    parts = [{p.text for p in eapo.addition(split)} for split in ("exam", "train", "warmup")]
+    assert [len(p) for p in parts] == [128, 8192, 20800]
+    assert len(set.union(*parts)) == sum(map(len, parts))
+
+
+def test_a_prompt_is_rendered_once_with_one_bos():
+    """A template that writes BOS itself, a tokenizer that adds BOS too, and a base model."""
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.chat_template = "<s>{{ messages[0]['content'] }}"
+    assert eapo.render(tokenizer, "1+1=").count(bos) == 1
+    tokenizer.chat_template = None
+    ids = eapo.render(tokenizer, "1+1=")
+    assert ids[-1] != tokenizer.eos_token_id        # this tokenizer ends every text with eos
+    assert tokenizer.decode(ids) == "1+1=" + eapo.SUFFIX
+
+
+@pytest.mark.parametrize("name, text, part", [
+    ("a.jsonl", '{"problem": "1+1", "answer": 2}\n{"problem": "2+2", "answer": ["4", "four"]}\n', "train"),
+    ("a.csv", "question,ground_truth\n1+1,2\n2+2,4\n", "exam"),
+    ("b.jsonl", '{"prompt": "1+1", "solution": "so \\\\boxed{2}"}\n{"prompt": "2+2", "solution": "4"}\n',
+     "train")])
+def test_problems_load_from_files_with_the_usual_column_names(tmp_path, name, text, part):
+    (tmp_path / name).write_text(text)
+    one, two = eapo.load_problems(str(tmp_path / name), part)
+    assert (one.text, two.text) == ("1+1", "2+2")
+    assert eapo.is_correct("\\boxed{2}", one.answer) and eapo.is_correct("\\boxed{4}", two.answer)
+    assert not eapo.is_correct("\\boxed{2}", two.answer)
+
+
+def test_parquet_loads_too(tmp_path):
+    import datasets
+    path = str(tmp_path / "a.parquet")
+    datasets.Dataset.from_list([{"problem": "1+1", "answer": "2"}]).to_parquet(path)
+    assert eapo.load_problems(path, "train") == [Problem("1+1", "2")]
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"problem": "1"', "line 1: not JSON"),
+    ('{"problem": "1", "answer": "1"}\n\n[1]\n', "line 3: not a JSON object"),
+    ('{"text": "1", "answer": "1"}\n', "no column for the problem among text, answer"),
+    ('{"question": "1", "prompt": "1", "answer": "1"}\n', "question and prompt could all be"),
+    ('{"problem": "1", "answer": ""}\n', "row 1: problem or answer is empty"),
+    ("", "no rows")])
+def test_bad_data_gets_one_line_that_says_where(tmp_path, text, says):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match=says):
+        eapo.load_problems(str(tmp_path / "x.jsonl"), "train")
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--group-size", "1"], "--group-size 2 or more"), (["--phi", "0"], "--phi above 0"),
+    (["--clip-c", "1.1"], "--clip-c must lie above"), (["--prompts-per-step", "0"], "1 or more")])
+def test_impossible_numbers_are_refused_with_a_remedy(args, says):
+    with pytest.raises(SystemExit, match=says):
+        eapo.parse_args(args)
+
+
+def test_the_defaults_are_the_papers_and_the_tiny_models_fit_a_laptop():
+    paper = eapo.parse_args(["--model", "Qwen/Qwen2.5-Math-7B"])
+    assert (paper.learning_rate, paper.prompts_per_step, paper.prompts_per_minibatch, paper.group_size,
+            paper.steps, paper.top_p, paper.alpha, paper.phi, paper.clip_low, paper.clip_high,
+            paper.max_prompt_tokens, paper.max_response_tokens) == (
+            1e-6, 512, 32, 8, 220, .95, .2, 2, .2, .28, 1024, 3072)
+    small = eapo.parse_args(["--model", "agentica-org/DeepScaleR-1.5B-Preview"])
+    assert (small.group_size, small.prompts_per_step, small.max_response_tokens) == (16, 64, 24576)
+    assert eapo.parse_args([]).train_data == "addition"
+    assert eapo.parse_args(["--steps", "7"]).steps == 7
+
+
+def test_a_stream_gives_every_problem_once_an_epoch_and_resumes_from_its_position():
+    one, two = eapo.Stream(list(range(10)), 0), eapo.Stream(list(range(10)), 0)
+    taken = one.take(7) + one.take(7) + one.take(6)
+    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10)) and taken[:10] != taken[10:]
+    two.position = 7
+    assert two.take(13) == taken[7:]
+
+
+# ---- the first verifier --------------------------------------------------------------------------
+
+def test_the_last_complete_box_is_the_answer():
+    assert eapo.extract_answer("\\boxed{1} then \\boxed{\\frac{1}{2}}.") == "\\frac{1}{2}"
+    assert eapo.extract_answer("no box, 42") is None
+    assert eapo.is_correct("it is \\boxed{ 42 }", "42") and not eapo.is_correct("it is 42", "42")
+    assert not eapo.is_correct("\\boxed{2} no, \\boxed{1}", "2")
+
+
+def test_integers_decimals_and_fractions_are_compared_as_numbers():
+    for text in ("1/2", "0.5", ".5", "\\frac{1}{2}", "\\dfrac{1}{2}", "$0.50$", "2/4"):
+        assert eapo.same_answer(text, "\\frac{1}{2}"), text
+    for text in ("2", "1/20", "-1/2", "\\frac{12}{}", "\\frac{1}{23}", "0.51", "", "1/0", "½", "1.2.3"):
+        assert not eapo.same_answer(text, "\\frac{1}{2}"), text
+
+
+# ---- pass@k and the loop -------------------------------------------------------------------------
+
+def test_pass_at_k_is_the_share_of_samples_of_k_that_hold_a_right_one():
+    """Against counting every choice of k of n."""
+    for n, c, k in [(5, 0, 2), (5, 2, 1), (5, 2, 3), (5, 4, 2), (6, 6, 6), (8, 1, 8)]:
+        draws = list(itertools.combinations(range(n), k))
+        expected = sum(any(i < c for i in d) for d in draws) / len(draws)
+        assert eapo.pass_at_k(n, c, k) == pytest.approx(expected)
+    assert eapo.pass_at_k(1024, 512, 512) == pytest.approx(1.0)
+
+
+def test_groups_that_agree_are_replaced_up_to_the_cap(monkeypatch):
+    """Problem i is always right if i % 3 == 0, always wrong if 1, else mixed. The first round of 6
+    keeps 2, so 4 more are tried, and so on, until 6 are kept or the rounds are used up."""
+    def fake(run, problems, n, temperature, top_p):
+        kinds = torch.tensor([p % 3 for p in problems]).repeat_interleave(n)
+        right = torch.where(kinds == 2, torch.arange(len(kinds)) % 2, kinds == 0).bool()
+        lens = torch.ones(len(kinds), dtype=torch.long)
+        return Batch(torch.ones(len(kinds), 2, dtype=torch.long), lens, lens, right=right,
+                     reward=torch.where(right, 1.0, -1.0))
+    monkeypatch.setattr(eapo, "attempt", fake)
+    for cap, tried in ((0, 6), (1, 10), (20, None)):
+        cfg = eapo.parse_args(["--prompts-per-step", "6", "--group-size", "4", "--resample", str(cap)])
+        numbers = iter(range(1000))
+        stream = type("", (), {"take": lambda self, n: list(itertools.islice(numbers, n))})()
+        batch, rows = eapo.roll_out(eapo.Run(cfg, None, None, [1], None), stream)
+        groups = batch.right[rows].view(-1, 4).float().mean(1)
+        assert (groups == 0.5).all()
+        assert len(batch.ids) == 4 * tried if tried else len(groups) == 6
+
+
+TOY = ["--warmup-steps", 0, "--prompts-per-step", 8, "--prompts-per-minibatch", 4,
+       "--max-response-tokens", 8, "--learning-rate", 1e-3, "--eval-problems", 8]
+
+
+def test_twenty_steps_on_a_toy_task_raise_the_reward(tmp_path, monkeypatch):
+    """A random model, and a verifier that wants a "=" in the first 8 characters: by chance 1 - (17/18)^8
+    is about 0.37, and less as a stop token may come first."""
+    monkeypatch.setattr(eapo, "is_correct", lambda text, gold: "=" in text)
+    eapo.main([*map(str, TOY), "--steps", "20", "--eval-every", "0", "--out", str(tmp_path / "run")])
+    rates = [m["solve_rate"] for m in rows_of(tmp_path) if m["step"]]
+    assert len(rates) == 20 and sum(rates[:3]) / 3 < 0.5 and sum(rates[-3:]) / 3 > 0.8
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """The same command twice, with exams, a warm-up, uneven micro-batches and resampling."""
+    paths = [tmp_path_factory.mktemp(x) for x in "ab"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eapo, "is_correct", lambda text, gold: len(text) % 2 == 1)
+        for path in paths:
+            eapo.main([*map(str, TOY), "--steps", "3", "--eval-every", "2", "--warmup-steps", "3",
+                       "--resample", "1", "--out", str(path / "run")])
+    return paths
+
+
+def test_the_same_seed_gives_the_same_metrics_but_for_timings(two_runs):
+    one, two = ([{k: v for k, v in m.items() if "second" not in k} for m in rows_of(p)]
+                for p in two_runs)
+    assert one == two and [m["step"] for m in one] == [0, 1, 2, 3]
+
+
+def test_metrics_hold_what_the_readme_promises(two_runs):
+    base, first, second, last = rows_of(two_runs[0])
+    for key in ("step reward solve_rate entropy response_tokens response_length truncated "
+                "groups_all_right groups_all_wrong loss grad_norm clip_fraction seconds seconds_sample "
+                "seconds_score seconds_update tokens_per_second tokens/PHR advantage/NHR").split():
+        assert key in first, key
+    for m in (base, second, last):
+        assert 0 <= m["eval/addition/avg@8"] <= m["eval/addition/pass@8"] <= 1
+    assert "eval/addition/avg@8" not in first
+    assert sum(second[f"tokens/{q}"] for q in eapo.QUADRANTS) == pytest.approx(1, abs=1e-4)
+    assert sum(second[f"advantage/{q}"] for q in eapo.QUADRANTS) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_trained_model_is_an_ordinary_folder_that_trains_on(two_runs, tmp_path):
+    folder = two_runs[0] / "run" / "model"
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert os.path.exists(folder / "model.safetensors") and lm.dtype == torch.float32
+    eapo.main(["--model", str(folder), "--train-data", "addition", "--eval-every", "0", "--steps", "1",
+               "--prompts-per-step", "2", "--max-response-tokens", "8", "--out", str(tmp_path / "run")])
+    assert rows_of(tmp_path)[-1]["groups"] >= 2
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(two_runs):
+    with pytest.raises(SystemExit, match="holds the metrics of another run"):
+        eapo.open_run(config(two_runs[0]))
+
+
+def test_bf16_matmuls_sample_from_a_fresh_copy_and_score_with_the_policy(tmp_path, monkeypatch):
+    """The way of a GPU, here on the CPU: after each update the bf16 copy holds today's weights, and
+    old log-probabilities come from the policy, so the first mini-batch has rho = 1 and no clip."""
+    seen = []
+    real = eapo.sample_loop
+    def spy(lm, *args):
+        seen.append((lm.dtype, lm.model.norm.weight.float().sum().item()))
+        return real(lm, *args)
+    monkeypatch.setattr(eapo, "sample_loop", spy)
+    monkeypatch.setattr(eapo, "is_correct", lambda text, gold: len(text) % 2 == 1)
+    eapo.main([*map(str, TOY), "--steps", "3", "--eval-every", "0", "--matmuls", "bf16",
+               "--learning-rate", "1e-2", "--prompts-per-minibatch", "8", "--warmup-steps", "2",
+               "--out", str(tmp_path / "run")])
+    assert all(dtype == torch.bfloat16 for dtype, _ in seen) and len({w for _, w in seen}) == 3
+    assert [m["clip_fraction"] for m in rows_of(tmp_path) if m["step"]] == [0, 0, 0]
+    assert all(m["seconds_score"] > 0 for m in rows_of(tmp_path) if m["step"])
+
+
+def test_overlong_responses_lose_up_to_one(tmp_path, monkeypatch):
+    """L_max 8, cache 4: lengths 4, 6, 8 of right responses earn 1, 1 - 2/4, 1 - 4/4."""
+    cfg = config(tmp_path, "--max-response-tokens", 8, "--overlong-cache", 4)
+    run = eapo.load(cfg)
+    batch = eapo.pack([[5]] * 3, [[6] * n for n in (4, 6, 8)], "cpu")
+    batch.logp = batch.H = torch.zeros(3, 8)
+    monkeypatch.setattr(eapo, "sample_loop", lambda *args: batch)
+    monkeypatch.setattr(eapo, "is_correct", lambda text, gold: True)
+    problem = [Problem("x", "1", ids=[5])]
+    assert eapo.attempt(run, problem, 3, 1.0, 1.0).reward.tolist() == [1, 0.5, 0]
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__, *os.sys.argv[1:]]))
