@@ -1,41 +1,45 @@
 """eapo: reinforcement learning with verifiable rewards, token by token, in one file.
 
 Give a language model a problem whose answer can be checked. Let it try G times, mark every try
-right or wrong, and make the tokens of the better tries likelier. That is GRPO, and it gives each
-token of a response the same credit. Most tokens cannot use it: where the model was sure, there was
-no decision to praise. EAPO (He et al. 2026, arXiv 2604.11056, v1) therefore measures how unsure
-the model was at each token, its entropy H, and gives uncertain tokens more of the credit and more
-of the blame. It is one line on top of GRPO, and it is the line marked (7) below.
+right or wrong, and make the tokens of the better tries likelier. That is GRPO (group-relative
+policy optimization), and it gives each token of a response the same credit. Most tokens cannot use
+it: where the model was sure, there was no decision to praise. EAPO (entropy-aware policy
+optimization; He et al. 2026, arXiv 2604.11056, v1) therefore measures how unsure the model was at
+each token, its entropy H, and gives uncertain tokens more of the credit and more of the blame. It
+is one line on top of GRPO: the last line of `entropy_aware_advantages`.
 
     A_i     = (r_i - mean(r)) / std(r)                                   one number a response   (1)
     L       = - mean over tokens of min(rho A, clip(rho, 1-eps_low, 1+eps_high) A)               (2)
     score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)           one number a token      (6)
     A^CA_t  = A + alpha sign(A) score_t                                  replaces A in (2)       (7)
 
-Numbers (2), (6), (7) are the paper's; (1) is its unnumbered group advantage. The alphabet:
+Numbers (2), (6), (7), and (8) further down, are the paper's; (1) is its unnumbered group advantage.
+Deviations are sample deviations (n - 1), and the code adds 1e-6 to both. The alphabet:
 
     B prompts x G responses = N rows, the G responses to one prompt in adjacent rows
-    T tokens of the longest response    V vocabulary    M tokens of a micro-batch, flat
+    T tokens of the longest response    V vocabulary    M tokens, flat    D size of hidden states
     r      reward of a response, +1 right or -1 wrong                             (N,)
     A      advantage of a response: how much better than its group, (1)           (N,)
-    H      entropy of the policy before it drew each token, in nats               (N, T)
+    A^CA   credit of a token, (7)                                                 (N, T)
+    pi_old the policy that sampled: full vocabulary, at the sampling temperature
+    H      entropy of pi_old before it drew each token, in nats                   (N, T)
     mask   True on response tokens, the stop token included                       (N, T)
     mu_H, sigma_H   mean and deviation of H over all response tokens of one group (N, 1)
     rho    pi_theta / pi_old: how much likelier the token became since sampling   (N, T)
 
-The program in one breath, and the part of this file that holds each verb:
+The program in one breath, and the functions that do it, in the order of this file:
 
-    for each step:
-        try      sample G responses to each of B prompts             (part 4)
-        mark     r = +1 where \\boxed{} holds the right answer        (part 3)
-        compare  A from the group (1), A^CA from the entropies (7)   (part 2)
-        learn    clipped gradient steps on L (2)                     (parts 2 and 5)
-        look     log what happened; now and then sit an exam         (part 6)
+    for each step:                                               the loop is `train`, part 8
+        try      sample G responses to each of B prompts         sample_loop (4), roll_out (6)
+        mark     r = +1 where \\boxed{} holds the right answer    is_correct (3), attempt (6)
+        compare  A (1) from the group, A^CA (7) from entropies   entropy_aware_advantages (2)
+        learn    clipped gradient steps on L (2)                 policy_loss (2), learn (5)
+        look     log what happened; now and then sit an exam     measure, Look (7)
 
 Run:
     python eapo.py                                   a tiny model learns to carry: a laptop, minutes
     python eapo.py --model Qwen/Qwen2.5-Math-7B      the paper's run, on the paper's data
-    python eapo.py --help                            every number in the program
+    python eapo.py --help                            every setting
 
 Left out on purpose: a value network, a KL penalty with its reference model, a learned reward.
 """
@@ -62,9 +66,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 1. Every number in the program. A flag is a field of Config with hyphens for underscores.
-# The defaults are the paper's run of Qwen2.5-Math-7B (table 6); PRESETS holds what other models
-# change, so that `--model tiny`, the default, fits a laptop.
+# Part 1. The settings. A flag is a field of Config with hyphens for underscores. Defaults are those
+# of the paper's run of Qwen2.5-Math-7B (table 6) where it names them; PRESETS holds what other
+# models change, so that `--model tiny`, the default, fits a laptop.
 # --------------------------------------------------------------------------------------------------
 
 def flag(default, text, **options):
@@ -85,21 +89,21 @@ class Config:
     warmup_data: str = flag("", "worked solutions to imitate first: problem and solution columns")
     warmup_steps: int = flag(0, "optimizer steps of imitation; 0 = none")
     warmup_batch: int = flag(32, "worked solutions a step")
-    warmup_learning_rate: float = flag(1e-5, "AdamW, falls to 0 over the last 30% of the steps")
+    warmup_learning_rate: float = flag(1e-5, "AdamW; rises over 20 steps, falls over the last 30%")
     # the batch: prompts_per_step * group_size responses, one optimizer step per mini-batch
-    steps: int = flag(220, "RL steps; each samples once and learns from what it sampled")
-    prompts_per_step: int = flag(512, "B, prompts")
+    steps: int = flag(220, "RL steps: sample, then learn from what was sampled")
+    prompts_per_step: int = flag(512, "B, prompts to learn from in a step")
     group_size: int = flag(8, "G, responses to each prompt")
     prompts_per_minibatch: int = flag(32, "prompts behind one optimizer step")
-    microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and speed, "
-                                     "not results; 0 = 16384 on a GPU, 2048 on a CPU")
-    resample: int = flag(2, "at most so many more rounds of sampling a step, to replace the groups "
+    microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and "
+                                     "speed, not results; 0 = 16384 on a GPU, 2048 on a CPU")
+    resample: int = flag(2, "at most this many more rounds of sampling a step, to replace groups "
                             "that are all right or all wrong (dynamic sampling)")
     # sampling
-    max_prompt_tokens: int = flag(1024, "longer prompts are left out, tokens")
-    max_response_tokens: int = flag(3072, "longer responses are cut, tokens")
-    temperature: float = flag(1.0, "of sampling, and of every log-probability and entropy")
-    top_p: float = flag(0.95, "draw from the smallest set of tokens with this probability; 1 = all")
+    max_prompt_tokens: int = flag(1024, "prompts with more tokens are left out")
+    max_response_tokens: int = flag(3072, "responses are cut after this many tokens")
+    temperature: float = flag(1.0, "of training: sampling, log-probabilities, entropies")
+    top_p: float = flag(0.95, "draw from the fewest tokens with this probability; 1 = from all")
     sampler: str = flag("auto", "loop: ours; engine: transformers' continuous batching; auto: the "
                                 "engine on a GPU", choices=("auto", "loop", "engine"))
     # credit and loss
@@ -107,15 +111,16 @@ class Config:
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
-    clip_c: float = flag(3.0, "lower bound of the loss for A < 0, as a ratio (Ye et al. 2020); 0 = off")
-    loss_mean: str = flag("tokens", "tokens: mean over the mini-batch, as in the authors' code; "
-                                    "group: over each group, then over groups, as (2) is printed",
+    clip_c: float = flag(3.0, "a token with A < 0 loses at most c |A| (Ye et al. 2020); 0 = off")
+    loss_mean: str = flag("tokens", "tokens: mean over the mini-batch, as in verl, which the "
+                                    "authors use; group: over each group, then over groups, as "
+                                    "they print (2)",
                           choices=("tokens", "group"))
-    overlong_cache: int = flag(0, "DAPO's soft penalty: the reward falls linearly to 1 less over the "
-                                  "last so many tokens of max_response_tokens; 0 = off")
+    overlong_cache: int = flag(0, "DAPO's soft penalty: the reward falls by up to 1 over the last "
+                                  "this many of max_response_tokens; 0 = off")
     learning_rate: float = flag(1e-6, "AdamW, constant")
-    matmuls: str = flag("auto", "precision of the model's matrix products; auto: bf16 on a GPU, fp32 on "
-                                "a CPU. Weights, log-probabilities and entropies are fp32 always",
+    matmuls: str = flag("auto", "precision inside the model; auto: bf16 on a GPU, fp32 on a CPU. "
+                                "Weights and everything after the logits are fp32",
                         choices=("auto", "fp32", "bf16"))
     # exams
     eval_every: int = flag(10, "steps between exams on eval_data; 0 = never")
@@ -126,11 +131,15 @@ class Config:
 
     def __post_init__(self):
         need(self.group_size > 1, "a group of one has no mean to beat: use --group-size 2 or more")
-        need(self.phi > 0, "(6) divides by phi: use --phi above 0")
-        need(0 < self.top_p <= 1 and 0 < self.eval_top_p <= 1, "--top-p lies above 0, at most 1")
+        need(0 <= self.alpha < self.phi,
+             "--alpha must lie from 0 to below --phi, or (7) could turn the sign of an advantage")
+        need(0 < self.top_p <= 1 and 0 < self.eval_top_p <= 1,
+             "--top-p and --eval-top-p lie above 0, at most 1")
         need(self.temperature > 0, "training samples, so it needs --temperature above 0")
         need(self.clip_c == 0 or self.clip_c > 1 + self.clip_high,
-             "--clip-c must lie above 1 + clip_high, or be 0 for off")
+             "--clip-c must lie above 1 + clip_high, outside the clip of (2), or be 0 for off")
+        need(self.resample >= 0, "--resample counts further rounds: 0 or more")
+        need(self.warmup_data or not self.warmup_steps, "--warmup-steps needs --warmup-data")
         need(self.overlong_cache < self.max_response_tokens,
              "--overlong-cache must be below --max-response-tokens")
         for name in ("prompts_per_step", "prompts_per_minibatch", "eval_samples",
@@ -140,9 +149,9 @@ class Config:
 
 PRESETS = {   # a name, or a part of one: what such a model changes
     "tiny": dict(train_data="addition", eval_data="addition", warmup_data="addition",
-                 warmup_steps=1000, warmup_batch=16, warmup_learning_rate=2e-3, steps=30, prompts_per_step=32,
-                 prompts_per_minibatch=8, resample=0, top_p=1.0,
-                 max_prompt_tokens=32, max_response_tokens=64, learning_rate=1e-4,
+                 warmup_steps=1000, warmup_batch=16, warmup_learning_rate=2e-3, steps=30,
+                 prompts_per_step=32, prompts_per_minibatch=8, resample=0, learning_rate=1e-4,
+                 top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
                  eval_samples=8, eval_temperature=1.0, eval_top_p=1.0),
     "DeepScaleR-1.5B": dict(group_size=16, prompts_per_step=64, steps=900,
                             max_prompt_tokens=2048, max_response_tokens=24576),
@@ -155,9 +164,20 @@ def need(condition, message):
         raise SystemExit(f"eapo: {message}")
 
 
+@contextlib.contextmanager
+def reading(source):
+    """Around what reads a model or data set: no such folder, no network ... become one line."""
+    try:
+        yield
+    except OSError as e:
+        raise SystemExit(f"eapo: cannot read {source}: {str(e).splitlines()[0]}") from e
+
+
 def parse_args(argv=None):
     """Config from the command line: what is typed, else the model's preset, else the default."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=". ".join(
+        f"--model {name} sets instead of the defaults above: " + ", ".join(
+            f"{key} {value}" for key, value in preset.items()) for name, preset in PRESETS.items()))
     for f in fields(Config):
         text = f.metadata["help"].replace("%", "%%") + f"  [{f.default}]"
         choices = f.metadata.get("choices")
@@ -173,15 +193,16 @@ def parse_args(argv=None):
 
 # --------------------------------------------------------------------------------------------------
 # Part 2. The algorithm: tensors in, tensors out, no model and no Config. This is what the file is
-# for; the parts below only feed it. All rows of a group come together, whatever a micro-batch is,
-# because mu_H and sigma_H are theirs.
+# for; the parts below only feed it. Functions that take group_size need whole groups; the loss is
+# a sum over tokens, so a batch may be cut anywhere for it. To try a credit rule of your own, write
+# a function like `entropy_aware_advantages` and call it in `train` in its place.
 # --------------------------------------------------------------------------------------------------
 
 def token_entropy(logits):
     """H = - sum_v p_v log p_v  in nats, (..., V) -> (...), p = softmax(logits).
 
-    0 when the policy is sure, log V when it has no idea. Written as log Z - sum_v p_v z_v, and a
-    token of probability 0 (z = -inf) counts 0: without the where, 0 * -inf would be nan.
+    0 when the policy is sure, log V when it has no idea. Written as log Z - sum_v p_v z_v. Some
+    models forbid tokens by z = -inf; they count 0, where 0 * -inf would be nan.
     """
     p = logits.softmax(-1)
     return logits.logsumexp(-1) - (p * torch.where(p > 0, logits, 0)).sum(-1)
@@ -190,7 +211,7 @@ def token_entropy(logits):
 def group_advantages(rewards, group_size):
     """(1)  A_i = (r_i - mean(r)) / (std(r) + 1e-6)   over the G responses to one prompt.
 
-    rewards (N,) -> A (N,). std is the sample deviation (n - 1), as in the authors' framework.
+    rewards (N,) -> A (N,). std is the sample deviation (n - 1), as in verl.
 
     The mean of the group stands in for a value network: a response is good if it beat the other
     tries at its own prompt. If all G are right, or all wrong, every A is 0 and nothing is learned.
@@ -200,14 +221,14 @@ def group_advantages(rewards, group_size):
     return A.flatten()                                                        # (N,)
 
 
-def group_entropy(H, mask, group_size):
+def entropy_mean_std(H, mask, group_size):
     """mu_H and sigma_H: mean and sample deviation of H over all response tokens of each group.
 
     (N, T), (N, T) -> (N, 1), (N, 1), the same in the G rows of a group. A long response has more
     tokens and so more say. sigma_H carries + 1e-6, for the group whose tokens are all alike.
     """
-    groups = len(mask) // group_size, group_size * mask.shape[1]              # B, G*T
-    total = lambda x: torch.where(mask, x, 0).view(groups).sum(1, keepdim=True)
+    shape = len(mask) // group_size, group_size * mask.shape[1]               # B, G*T
+    total = lambda x: torch.where(mask, x, 0).view(shape).sum(1, keepdim=True)
     n = total(mask.int())                                                     # (B, 1)
     spread = lambda x: x.repeat_interleave(group_size, 0)                     # (B, 1) -> (N, 1)
     mu = spread(total(H) / n)
@@ -218,12 +239,12 @@ def group_entropy(H, mask, group_size):
 def entropy_score(A, H, mask, group_size, phi):
     """(6)  score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)
 
-    (N,), (N, T), (N, T) -> (N, T). How unusual the uncertainty of a token is within its group, in
-    standard deviations. The clip scales with |A|, so that entropy may refine an advantage and can
-    never overwhelm it. This two-sided clip is the paper's "dual clipping"; the clips in the loss
-    below are other ones.
+    (N,), (N, T), (N, T) -> (N, T), meaningless outside the mask. How unusual the uncertainty of a
+    token is within its group, in standard deviations. The clip scales with |A|, so that entropy may
+    refine an advantage and can never overwhelm it. This two-sided clip is the paper's "dual
+    clipping"; the clips in the loss below are other ones.
     """
-    mu, sigma = group_entropy(H, mask, group_size)
+    mu, sigma = entropy_mean_std(H, mask, group_size)
     bound = A.abs()[:, None] / phi                                            # (N, 1)
     return ((H - mu) / sigma).clamp(-bound, bound)                            # (N, T)  (6)
 
@@ -234,23 +255,25 @@ def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
     A (N,), H (N, T), mask (N, T) -> A^CA (N, T), zero outside the mask. This is EAPO.
 
     Read it as volume, not direction. sign(A) makes an uncertain token louder in right responses
-    and in wrong ones alike, a routine token softer in both, and A^CA / A stays within
-    1 +- alpha/phi, 0.9 to 1.1 at the defaults. alpha = 0 gives every token A: GRPO, exactly.
-    detach: if a gradient flowed through H, the policy could earn by being unsure.
+    and in wrong ones alike, a token of low entropy softer in both. A^CA / A stays within
+    1 +- alpha/phi, 0.9 to 1.1 at the defaults, so no sign can turn. alpha = 0 gives every token A:
+    GRPO's credit. detach: if a gradient flowed through H, the policy could earn by changing its
+    uncertainty instead of its answers. Our H has no gradient; detach keeps that so for any caller.
     """
     score = entropy_score(A, H, mask, group_size, phi).detach()               # (N, T)
     return (A[:, None] + alpha * A.sign()[:, None] * score) * mask            # (N, T)  (7)
 
 
 def quadrants(rewards, H, mask, group_size):
-    """The paper's four kinds of token (section 4): 0 outside the mask, else
+    """The paper's four kinds of token (section 4), Positive or Negative, High or Low entropy:
 
-        1 PHR  r >= 0, H >= mu_H   right, at a fork        2 PLR  r >= 0, H < mu_H   right, routine
-        3 NLR  r <  0, H <  mu_H   wrong, routine          4 NHR  r <  0, H >= mu_H  wrong, at a fork
+        1 PHR  r >= 0, H >= mu_H   right, at a fork      2 PLR  r >= 0, H <  mu_H   right, routine
+        4 NHR  r <  0, H >= mu_H   wrong, at a fork      3 NLR  r <  0, H <  mu_H   wrong, routine
 
-    (N,), (N, T), (N, T) -> (N, T) int. Summed over the four, the loss is GRPO's again.
+    (N,), (N, T), (N, T) -> (N, T) int, 0 outside the mask. They split the response tokens, so the
+    losses of the four add up to the whole. The gains of learning live in the two on the left.
     """
-    mu, _ = group_entropy(H, mask, group_size)
+    mu, _ = entropy_mean_std(H, mask, group_size)
     high, positive = H >= mu, rewards[:, None] >= 0                           # (N, T), (N, 1)
     return torch.where(positive, torch.where(high, 1, 2), torch.where(high, 4, 3)) * mask
 
@@ -260,19 +283,19 @@ def surrogate(rho, A, clip_low, clip_high, clip_c):
 
     (N, T) -> (N, T). Once a good token is eps_high likelier than when it was sampled, or a bad one
     eps_low less likely, pushing further pays nothing and the gradient is 0. A bad token that has
-    become likelier is still pushed back, and rho A could then grow without bound; PPO's lower
-    bound c A ends that (Ye et al. 2020, the other "dual clip"; clip_c = 0 turns it off).
+    become likelier is still pushed back, and rho A could fall without bound; dual-clip PPO stops
+    it at c A, beyond which the gradient is 0 too (Ye et al. 2020; clip_c = 0 turns it off).
     """
     gain = torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)     # (N, T)  (2)
     return torch.where(A < 0, gain.clamp(min=clip_c * A), gain) if clip_c else gain
 
 
 def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
-    """- sum over tokens of the surrogate (2).  (N, T) each -> scalar.
+    """- sum over tokens of mask * surrogate (2).  (N, T) each -> scalar.
 
-    A sum: the caller divides, or hands in `token_weights` as the mask. On the first mini-batch of
-    a step rho is 1, the loss is - mean A, about 0, and its gradient is the policy gradient. The
-    loss does not measure progress: watch the reward.
+    A sum: the caller divides, or hands in `token_weights` in place of the mask. On the first
+    mini-batch of a step rho is 1, the loss is - mean of A over tokens, and its gradient is the
+    policy gradient. The loss does not measure progress: watch the reward.
     """
     rho = (logp - old_logp).exp()                                             # (N, T)
     return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
@@ -282,9 +305,9 @@ def token_weights(mask, group_size, loss_mean):
     """What each token of a mini-batch counts in (2): weights that sum to 1, 0 outside the mask.
 
     "tokens": 1 / all tokens, so that a token weighs the same in any response (DAPO and verl).
-    "group": 1 / (groups * tokens of its group), which is how (2) is printed: a mean per prompt,
-    then over prompts. Both are fixed before the mini-batch is cut into micro-batches, so the cut
-    cannot change the gradient.
+    "group": 1 / (groups * tokens of its group), which is how the paper prints (2): a mean per
+    prompt, then over prompts. Both are fixed before the mini-batch is cut into micro-batches, so
+    the cut cannot change the gradient.
     """
     if loss_mean == "tokens":
         return mask / mask.sum()
@@ -293,7 +316,7 @@ def token_weights(mask, group_size, loss_mean):
 
 
 def pass_at_k(n, c, k):
-    """(8)  1 - C(n - c, k) / C(n, k): chance that k of n samples, c of them right, hold a right one."""
+    """(8)  1 - C(n - c, k) / C(n, k): the chance that k of n samples, c right, hold a right one."""
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k)) if n - c >= k else 1.0
 
 
@@ -338,7 +361,7 @@ def number(text):
 
 
 def same_answer(prediction, gold):
-    """Equal as text without spaces, or equal as numbers: 0.5, 1/2 and \\frac{1}{2} are one answer."""
+    """Equal as text without spaces, or as numbers: 0.5, 1/2 and \\frac{1}{2} are one answer."""
     if "".join(prediction.split()) == "".join(gold.split()) != "":
         return True
     a, b = number(prediction), number(gold)
@@ -346,14 +369,15 @@ def same_answer(prediction, gold):
 
 
 def is_correct(response, gold):
-    """Whether the last \\boxed{} of the response holds the gold answer, or one of a list of golds."""
+    """Whether the response's last \\boxed{} holds the gold answer, or one of a list of golds."""
     answer, golds = extract_answer(response), gold if isinstance(gold, (list, tuple)) else [gold]
     return answer is not None and any(same_answer(answer, str(g)) for g in golds)
 
 
 def pupil(a, b, rng):
-    """Column addition written by a pupil who has not understood carrying: pupil(57, 68, rng) is
-    `7+8=15 5+6=11 \\boxed{115}` or, with the carry, `8+7=15 5+6+1=12 \\boxed{125}`.
+    """Column addition written by a pupil who has not understood carrying: 5170 + 6749 becomes
+    `9+0=9 7+4=11 7+1=8 5+6=11 \\boxed{11819}` or, with the carry, `0+9=9 7+4=11 7+1+1=9 6+5=11
+    \\boxed{11919}`.
 
     Columns run from the right. Pupils carry when a sum feels big, with probability
     sigmoid((sum - 12.5) / 1.5): to write +1 or not is a fork that decides the answer. Which digit
@@ -384,36 +408,44 @@ def read_rows(source, split):
     if kind in ("jsonl", "json"):
         rows = []
         need(os.path.isfile(source), f"{source}: no such file")
-        for n, line in enumerate(open(source, encoding="utf-8"), 1):
+        with open(source, encoding="utf-8") as f:
+            lines = f.read().splitlines()
+        for n, line in enumerate(lines, 1):
             try:
                 row = json.loads(line) if line.strip() else None
             except json.JSONDecodeError as e:
-                raise SystemExit(f"eapo: {source}, line {n}: not JSON ({e}); one object a line") from e
+                raise SystemExit(f"eapo: {source}, line {n}: not JSON: {e}") from e
             need(row is None or isinstance(row, dict), f"{source}, line {n}: not a JSON object")
             rows += [row] if row else []
         return rows
     if kind in ("csv", "parquet"):
         need(os.path.isfile(source), f"{source}: no such file")
-        return list(datasets.load_dataset(kind, data_files=source, split="train"))
+        with reading(source):
+            return list(datasets.load_dataset(kind, data_files=source, split="train"))
     name, _, wanted = source.partition(":")
-    parts = datasets.get_dataset_split_names(name)
-    order = [wanted] if wanted else ["train", "test"] if split != "exam" else ["test", "train"]
-    part = next((p for p in order if p in parts), parts[0] if len(parts) == 1 else None)
+    with reading(source):
+        parts = datasets.get_dataset_split_names(name)
+    order = [wanted] if wanted else parts if len(parts) == 1 else ["train"]
+    if split == "exam" and not wanted:
+        order = [*parts[:len(parts) == 1], "test", "train"]
+    part = next((p for p in order if p in parts), None)
     need(part, f"{source} has the splits {', '.join(parts)}: name one as {name}:{parts[0]}")
-    return list(datasets.load_dataset(name, split=part))
+    with reading(source):
+        return list(datasets.load_dataset(name, split=part))
 
 
 def column(rows, names, source, role):
     """Which column plays a role: the first of names if present, else the only one that is."""
     found = [n for n in names if n in rows[0]]
-    need(found, f"{source}: no column for the {role} among {', '.join(rows[0])}; name it {names[0]}")
+    need(found, f"{source}: no column for the {role} among {', '.join(rows[0])}; "
+                f"name it {names[0]}")
     need(len(found) == 1 or found[0] == names[0],
          f"{source}: {' and '.join(found)} could all be the {role}; name the right one {names[0]}")
     return found[0]
 
 
 def load_problems(source, split):
-    """Problems of a data source; split is "train", "exam" or "warmup" and says what they need."""
+    """Problems of a data source; split "train", "exam" or "warmup" says which columns they need."""
     if source == "addition":
         return addition(split)
     rows = read_rows(source, split)
@@ -437,7 +469,7 @@ SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed
 
 def render(tokenizer, text):
     """A problem as prompt tokens. The chat template, if any, writes BOS itself, so none is added to
-    it; a base model gets the paper's suffix and whatever BOS its tokenizer puts in front."""
+    it; without one, the paper's suffix is put behind the problem and the tokenizer's BOS before."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                              add_generation_prompt=True)
@@ -459,7 +491,7 @@ def prepare(problems, tokenizer, cfg, name):
 
 
 class Stream:
-    """Problems without end, every epoch in another order; `position` is all its state."""
+    """Problems without end, every epoch in another order; `position` counts those handed out."""
 
     def __init__(self, problems, seed):
         self.problems, self.seed, self.position = problems, seed, 0
@@ -480,8 +512,11 @@ def load_data(cfg, tokenizer):
     def get(source, split):
         return prepare(load_problems(source, split), tokenizer, cfg, f"{source} ({split})")
     exams = {}
-    for source in cfg.eval_data.split(",") if cfg.eval_every else []:
-        name = os.path.splitext(os.path.basename(source))[0].replace(":", "-")
+    for source in cfg.eval_data.replace(" ", "").split(",") if cfg.eval_every else []:
+        name = os.path.basename(source).replace(":", "-")
+        for ending in (".jsonl", ".json", ".csv", ".parquet"):
+            name = name.removesuffix(ending)
+        need(name not in exams, f"--eval-data has two sets {name}: metrics could not tell which")
         exams[name] = get(source, "exam")[:cfg.eval_problems or None]
     solutions = get(cfg.warmup_data, "warmup") if cfg.warmup_data and cfg.warmup_steps else []
     return Stream(get(cfg.train_data, "train"), cfg.seed), exams, solutions
@@ -506,7 +541,7 @@ class Batch:
     H: torch.Tensor = None      # (N, T) entropy of pi_old before each response token, nats
     ended: torch.Tensor = None  # (N,)   the model stopped by itself; False: truncated
     right: torch.Tensor = None  # (N,)   the verifier's verdict
-    reward: torch.Tensor = None # (N,)   r
+    reward: torch.Tensor = None  # (N,)  r
     A: torch.Tensor = None      # (N, T) A^CA, zero outside the mask
 
     @property
@@ -553,17 +588,18 @@ def join(batches):
 def log_prob_and_entropy(logits, tokens, temperature):
     """log pi(token) and H of pi = softmax(logits / temperature), over the full vocabulary in fp32.
 
-    (M, V), (M,) -> (M,), (M,). The only place where logits become log-probabilities: the sampler,
-    the scoring pass and the update all come here, so the three cannot disagree on temperature.
+    (M, V), (M,) -> (M,), (M,). The only place where these two are computed: the sampler, `rescore`
+    and the update all come here. Temperature 0, which draws greedily, is scored as 1. top_p does
+    not enter: tokens are drawn from a truncated pi, but pi_old is all of it, as in verl.
     """
-    logits = logits.float() / temperature
+    logits = logits.float() / (temperature or 1.0)
     logp = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
     return logp, token_entropy(logits)
 
 
 def draw(logits, temperature, top_p):
-    """One token from each row: (M, V) -> (M,). temperature 0 takes the likeliest; top_p < 1 draws
-    from the fewest tokens that hold that much probability, always at least one."""
+    """One token from each row: (rows, V) -> (rows,). temperature 0 takes the likeliest; top_p < 1
+    draws from the fewest tokens that hold that much probability, always at least one."""
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
@@ -585,7 +621,8 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
         if start == 0:
             return super().update(keys, values, *args, **kwargs)
         if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < end:
-            self.room = [torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)]
+            held = self.keys, self.values
+            self.room = [torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in held]
         for room, new in zip(self.room, (keys, values)):
             room[:, :, start:end] = new
         self.keys, self.values = (room[:, :, :end] for room in self.room)
@@ -597,9 +634,10 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     """G responses to each prompt: decoding, written out.
 
     Each prompt is read once and its KV cache repeated G times. Then one token at a time for all
-    rows that still write; a row that drew a stop token leaves the batch, stop token included.
-    Prompts are padded on the left, so that all rows draw their next token in the same column.
-    -> Batch of N rows with logp and H, which the logits drawn from give for free.
+    rows. A row that drew a stop token is finished, the stop token belonging to it; finished rows
+    are taken out of the batch once they are a fifth of it. Prompts are padded on the left, so that
+    all rows draw their next token in the same column. -> Batch of N rows with logp and H, which
+    the logits drawn from give for free.
     """
     device, P = lm.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
@@ -620,7 +658,7 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     for t in range(max_tokens):
         token = draw(logits, temperature, top_p)                                       # (rows,)
         tokens[row, t], length[row[writes]] = token, t + 1
-        logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature or 1.0)
+        logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
         done = torch.isin(token, stop)
         ended[row[writes & done]] = 1
         writes &= ~done
@@ -637,25 +675,29 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     T = int(length.max())
     responses = [x[:n] for x, n in zip(tokens.tolist(), length.tolist())]
     batch = pack([p for p in prompts for _ in range(group_size)], responses, device)
-    return replace(batch, logp=logp[:, :T] * batch.mask, H=H[:, :T] * batch.mask, ended=ended.bool())
+    logp, H = (x[:, :T] * batch.mask for x in (logp, H))
+    return replace(batch, logp=logp, H=H, ended=ended.bool())
 
 
 def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids):
     """The same by transformers' continuous batching: a paged KV cache in which a group shares the
     blocks of its prompt, and finished rows make room for waiting ones. For GPUs. -> Batch without
-    logp and H: they come from a scoring pass."""
-    greedy = temperature == 0
+    logp and H: `rescore` adds them."""
+    greedy = temperature == 0       # the engine forks a prompt into a group only to sample
     how = dict(do_sample=False) if greedy else dict(
-        do_sample=True, temperature=temperature, top_p=top_p, top_k=0, num_return_sequences=group_size)
-    config = GenerationConfig(max_new_tokens=max_tokens, eos_token_id=stop_ids, pad_token_id=0, **how)
+        do_sample=True, temperature=temperature, top_p=top_p, top_k=0,
+        num_return_sequences=group_size)
+    config = GenerationConfig(max_new_tokens=max_tokens, eos_token_id=stop_ids,
+                              pad_token_id=stop_ids[0], **how)
     asked = [p for p in prompts for _ in range(group_size if greedy else 1)]
     outputs = list(lm.generate_batch(inputs=asked, generation_config=config).values())
-    failed = [o.error for o in outputs if o.error] or [None] * (len(outputs) == 0)
-    need(len(outputs) == len(prompts) * group_size and not failed,
-         f"the engine returned {len(outputs)} of {len(prompts) * group_size} responses "
-         f"({failed[:1]}); try --sampler loop")
+    rows = [p for p in prompts for _ in range(group_size)]
+    failed = [o.error for o in outputs if o.error]
+    need([o.prompt_ids for o in outputs] == rows and not failed,
+         f"the engine answered {len(outputs) - len(failed)} of {len(rows)} requests, or not in "
+         f"order {failed[:1]}; try --sampler loop")
     responses = [o.generated_tokens for o in outputs]
-    batch = pack([o.prompt_ids for o in outputs], responses, lm.device)
+    batch = pack(rows, responses, lm.device)
     ended = torch.tensor([r[-1] in stop_ids for r in responses], device=lm.device)
     return replace(batch, ended=ended)
 
@@ -671,7 +713,7 @@ CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB 
 def chunked_log_prob_and_entropy(hidden, head, tokens, temperature):
     """log pi(token) and H from hidden states: (M, D), (M,) -> (M,), (M,).
 
-    A [M, V] matrix of logits is the largest thing in training: 4096 tokens at V = 152,064 are
+    An (M, V) matrix of logits is the largest thing in training: 4096 tokens at V = 152,064 are
     2.5 GB, several times over with gradients. So it is never made: tokens go through the head a
     chunk at a time, and `checkpoint` forgets each chunk's logits and makes them again in backward.
     """
@@ -691,7 +733,7 @@ class Policy(torch.nn.Module):
         self.lm, self.bf16 = lm, bf16
 
     def forward(self, batch, temperature):
-        """logp and H of every response token under today's weights: (N, T), (N, T), 0 outside.
+        """logp and H of every response token under the current weights: (N, T), (N, T), 0 outside.
 
         The hidden state at position p predicts token p + 1, so response token t, which stands at
         prompt_len + t, is predicted one to its left. Padding is on the right, where a causal model
@@ -717,12 +759,14 @@ def tiny_model(seed):
     special, pieces = ["<pad>", "<eos>", "<unk>"], [*"0123456789+= }", "\\boxed{"]
     vocabulary = {piece: n for n, piece in enumerate(special + pieces)}
     whole = [{"id": vocabulary[x], "content": x, "special": x in special, "normalized": False,
-              "single_word": False, "lstrip": False, "rstrip": False} for x in special + pieces[-1:]]
+              "single_word": False, "lstrip": False, "rstrip": False}
+             for x in special + pieces[-1:]]
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "tokenizer.json")
         with open(path, "w") as f:
-            json.dump({"version": "1.0", "added_tokens": whole, "decoder": {"type": "Fuse"}, "model": {
-                "type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<unk>"}}, f)
+            bpe = {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<unk>"}
+            json.dump({"version": "1.0", "added_tokens": whole, "decoder": {"type": "Fuse"},
+                       "model": bpe}, f)
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_file=path, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
             chat_template="{{ messages[0]['content'] }}")
@@ -741,7 +785,7 @@ class Run:
     policy: Policy
     tokenizer: object
     stop_ids: list              # a response ends with one of these
-    sampler: object             # the model to sample from, see refresh
+    sampling_lm: object         # the model to sample from, see refresh
     seconds: dict = field(default_factory=dict)     # of this step, by phase
 
     @contextlib.contextmanager
@@ -757,9 +801,9 @@ class Run:
         return time.perf_counter()
 
     def refresh(self):
-        """Bring the sampling model up to date: a bf16 copy, or with fp32 matmuls the policy itself."""
-        if self.sampler is not self.policy.lm:
-            self.sampler.load_state_dict(self.policy.lm.state_dict())
+        """Bring the sampling model up to date: a bf16 copy; or, in fp32, the policy itself."""
+        if self.sampling_lm is not self.policy.lm:
+            self.sampling_lm.load_state_dict(self.policy.lm.state_dict())
 
 
 def load(cfg):
@@ -767,8 +811,9 @@ def load(cfg):
     if cfg.model == "tiny":
         lm, tokenizer = tiny_model(cfg.seed)
     else:
-        lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        with reading(cfg.model):
+            lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     ends = lm.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     need(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
@@ -778,7 +823,7 @@ def load(cfg):
         hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
         same = torch.allclose(lm.get_output_embeddings()(hidden), lm(probe).logits, atol=1e-3)
     need(same, f"{cfg.model} changes its logits after the output head (a soft cap or a scale); "
-               "do the same in log_prob_and_entropy to train it")
+               "put the same after head(h) in chunked_log_prob_and_entropy to train it")
     bf16 = cfg.matmuls == "bf16" or cfg.matmuls == "auto" and lm.device.type == "cuda"
     sampler = lm if not bf16 else AutoModelForCausalLM.from_config(
         lm.config, dtype=torch.bfloat16).to(lm.device).eval()
@@ -788,7 +833,8 @@ def load(cfg):
 
 
 def micro_batches(batch, cfg):
-    """Row indices cut so that rows * longest row <= tokens, longest rows first: little padding."""
+    """Row indices cut so that rows * longest row <= microbatch_tokens, or one row where that alone
+    is longer. Longest rows first, so that neighbours are alike and little is padding."""
     lengths, tokens = batch.prompt_len + batch.response_len, cfg.microbatch_tokens
     tokens = tokens or (16384 if batch.ids.is_cuda else 2048)
     order = lengths.argsort(descending=True, stable=True)
@@ -837,15 +883,17 @@ def imitate(run, problems):
     cfg, stream = run.cfg, Stream(problems, run.cfg.seed)
     optimizer = torch.optim.AdamW(run.policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    with tqdm(range(cfg.warmup_steps if problems else 0), disable=not problems, desc="warm-up", unit="step") as bar:
+    steps = range(cfg.warmup_steps if problems else 0)
+    with tqdm(steps, desc="warm-up", unit="step", disable=not steps) as bar:
         for step in bar:
             left = 1 - step / cfg.warmup_steps
             rate = cfg.warmup_learning_rate * min(1.0, (step + 1) / 20, left / 0.3)
             optimizer.param_groups[0]["lr"] = rate
             taken = stream.take(cfg.warmup_batch)
-            solutions = run.tokenizer([p.solution for p in taken], add_special_tokens=False).input_ids
-            ends = [x[:cfg.max_response_tokens - 1] + [run.tokenizer.eos_token_id] for x in solutions]
-            batch = pack([p.ids for p in taken], ends, run.policy.lm.device)
+            texts = [p.solution for p in taken]
+            solutions = run.tokenizer(texts, add_special_tokens=False).input_ids
+            responses = [(x + run.stop_ids[:1])[:cfg.max_response_tokens] for x in solutions]
+            batch = pack([p.ids for p in taken], responses, run.policy.lm.device)
             tokens, loss = int(batch.response_len.sum()), 0.0
             for i in micro_batches(batch, cfg):
                 logp, _ = run.policy(batch.rows(i), 1.0)
@@ -866,7 +914,7 @@ ROWS = 512      # responses that the loop decodes at a time
 
 def attempt(run, problems, n, temperature, top_p):
     """n responses to each problem, marked: a Batch with `right`, and `reward` +1 or -1."""
-    cfg, lm = run.cfg, run.sampler
+    cfg, lm = run.cfg, run.sampling_lm
     engine = cfg.sampler == "engine" or cfg.sampler == "auto" and lm.device.type == "cuda"
     sample, B = (sample_engine, len(problems)) if engine else (sample_loop, max(1, ROWS // n))
     with run.timed("sample"):
@@ -874,7 +922,7 @@ def attempt(run, problems, n, temperature, top_p):
                              temperature, top_p, run.stop_ids)
                       for i in range(0, len(problems), B)])
     if batch.H is None or lm is not run.policy.lm:
-        score(run, batch, temperature)
+        rescore(run, batch, temperature)
     texts = run.tokenizer.batch_decode([batch.response(i) for i in range(len(batch.ids))],
                                        skip_special_tokens=True)
     right = [is_correct(text, problems[i // n].answer) for i, text in enumerate(texts)]
@@ -887,9 +935,9 @@ def attempt(run, problems, n, temperature, top_p):
 
 
 @torch.no_grad()
-def score(run, batch, temperature):
-    """logp and H of a batch by the policy itself, where the sampler is not the policy: a bf16 copy,
-    or an engine with kernels of its own, would put its rounding errors into rho."""
+def rescore(run, batch, temperature):
+    """logp and H of a batch by the policy itself, where another model sampled: a bf16 copy, or an
+    engine with kernels of its own, would put its rounding errors into rho."""
     with run.timed("score"):
         batch.logp, batch.H = torch.zeros(2, *batch.mask.shape, device=batch.ids.device)
         for i in micro_batches(batch, run.cfg):
@@ -900,8 +948,8 @@ def score(run, batch, temperature):
 def roll_out(run, stream):
     """Try and mark, until prompts_per_step groups can teach something or the rounds are used up.
 
-    A group that is all right or all wrong has A = 0 for all its tokens: it is dropped, and other
-    problems are tried in its place (dynamic sampling). -> all that was tried, and which rows of it
+    A group with equal rewards has A = 0 for all its tokens: it is dropped, and other problems are
+    tried in its place (dynamic sampling). -> the Batch of all that was tried, and which of its rows
     to learn from, (n,).
     """
     cfg, tried, missing = run.cfg, [], run.cfg.prompts_per_step
@@ -949,7 +997,7 @@ def sit_exams(run, exams):
             low, high = interval(c / k)
             metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in {
                 f"avg@{k}": (c / k).mean(), "avg_low": low, "avg_high": high,
-                f"pass@{k}": sum(pass_at_k(k, int(n), k) for n in c) / len(c),
+                f"pass@{k}": sum(pass_at_k(k, int(right), k) for right in c) / len(c),
                 "entropy": batch.H[batch.mask].mean(), "length": batch.response_len.float().mean(),
                 "truncated": 1 - batch.ended.float().mean()}.items()}
     return metrics, batches
@@ -959,49 +1007,40 @@ def sit_exams(run, exams):
 # Part 7. Plumbing: files, metrics, the terminal. Skip on first reading.
 # --------------------------------------------------------------------------------------------------
 
-QUADRANTS = {"PHR": "\033[1;92m", "PLR": "\033[32m", "NLR": "\033[31m", "NHR": "\033[1;91m"}   # colours
+QUADRANTS = {"PHR": "\033[1;92m", "PLR": "\033[32m", "NLR": "\033[31m", "NHR": "\033[1;91m"}
 
 
-def measure(run, batch, used, losses, seconds):
+def measure(run, batch, used, updates, seconds):
     """The metrics of one step: of all that was tried, and of the rows learned from (`used`)."""
     cfg, right = run.cfg, batch.right.view(-1, run.cfg.group_size)
     tokens, learned = int(batch.response_len.sum()), max(1, int(used.response_len.sum()))
-    loss, norm, clipped = (sum(x) / max(1, len(losses)) for x in zip(*losses or [(0, 0, 0)]))
+    losses, norms, clipped = zip(*updates or [(0.0, 0.0, 0)])
     m = dict(
-        reward=batch.reward.mean(), solve_rate=right.float().mean(), entropy=batch.H[batch.mask].mean(),
+        reward=batch.reward.mean(), solve_rate=right.float().mean(),
+        entropy=batch.H[batch.mask].mean(),
         response_tokens=tokens, response_length=batch.response_len.float().mean(),
         truncated=1 - batch.ended.float().mean(), groups=len(right),
         groups_all_right=int(right.all(1).sum()), groups_all_wrong=int((~right).all(1).sum()),
-        loss=loss, grad_norm=norm, clip_fraction=clipped * len(losses) / learned)
+        loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms),
+        clip_fraction=sum(clipped) / learned)
     q = quadrants(used.reward, used.H, used.mask, cfg.group_size)
-    for number, name in enumerate(QUADRANTS, 1):
-        m[f"tokens/{name}"] = (q == number).sum() / learned
-        m[f"advantage/{name}"] = used.A[q == number].abs().sum() / used.A.abs().sum().clamp(min=1e-9)
+    for code, name in enumerate(QUADRANTS, 1):
+        m[f"tokens/{name}"] = (q == code).sum() / learned
+        m[f"advantage/{name}"] = used.A[q == code].abs().sum() / used.A.abs().sum().clamp(min=1e-9)
     m |= dict(seconds=seconds, **{f"seconds_{phase}": x for phase, x in run.seconds.items()},
               tokens_per_second=tokens / seconds)
-    if batch.ids.is_cuda:
-        m["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    m["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if batch.ids.is_cuda else 0
     return {key: x if isinstance(x, int) else round(float(x), 6) for key, x in m.items()}
 
 
-def write_beside(path, write):
-    """Call write(temporary path), then put the result in the place of path: never half a file."""
-    beside, old = path + ".new", path + ".old"
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(beside)
-    if os.path.exists(path):
-        os.replace(path, old)
-    os.replace(beside, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def save(run, out):
-    """The policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
-    def write(path):
-        run.policy.lm.save_pretrained(path)
-        run.tokenizer.save_pretrained(path)
-    write_beside(os.path.join(out, "model"), write)
+    """The policy and its tokenizer as an ordinary Hugging Face folder, out/model. Written beside
+    and then renamed: there is never half a model."""
+    path = os.path.join(out, "model")
+    run.policy.lm.save_pretrained(path + ".new")
+    run.tokenizer.save_pretrained(path + ".new")
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(path + ".new", path)
 
 
 def open_run(cfg):
@@ -1023,7 +1062,8 @@ class Look:
 
     def __init__(self, run, out, exams):
         self.run, self.out, self.exams = run, out, exams
-        self.solve_rates, self.results, self.batches = [], {}, {}    # results, batches: by step
+        self.solve_rates, self.results = [], {}             # results: exam metrics by step
+        self.before = self.after = None                     # {exam: Batch} of the first, the last
 
     def steps(self, n):
         """1, 2 ... n under a progress bar."""
@@ -1039,7 +1079,8 @@ class Look:
                                      f"{metrics['entropy']:.3f} nats, "
                                      f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
         if every and (step % every == 0 or step == self.run.cfg.steps):
-            self.results[step], self.batches[step] = sit_exams(self.run, self.exams)
+            self.results[step], self.after = sit_exams(self.run, self.exams)
+            self.before = self.before or self.after
         with open(os.path.join(self.out, "metrics.jsonl"), "a") as f:
             f.write(json.dumps({"step": step, **metrics, **self.results.get(step, {})}) + "\n")
 
@@ -1049,7 +1090,7 @@ class Look:
               + "".join(" ▁▂▃▄▅▆▇█"[min(8, int(9 * r))] for r in self.solve_rates))
         if len(self.results) > 1:
             first, last = min(self.results), max(self.results)
-            self.responses(self.batches[first], self.batches[last])
+            self.responses(self.before, self.after)
             self.table({"base": self.results[first], f"step {last}": self.results[last]})
         print(f"\nmetrics: {self.out}/metrics.jsonl   trained model: {self.out}/model")
 
@@ -1059,7 +1100,8 @@ class Look:
         print(f"\n{'':28}{f'Avg@{k}':>8}{'95% interval':>18}{f'Pass@{k}':>10}{'entropy, nats':>16}")
         for label, m in results.items():
             for name in self.exams:
-                x = {key.rpartition("/")[2]: value for key, value in m.items() if f"/{name}/" in key}
+                x = {key.rpartition("/")[2]: value for key, value in m.items()
+                     if f"/{name}/" in key}
                 print(f"{label + ' on ' + name:28}{x[f'avg@{k}']:8.3f}{x['avg_low']:10.3f} .. "
                       f"{x['avg_high']:.3f}{x[f'pass@{k}']:10.3f}{x['entropy']:16.3f}")
 
@@ -1076,15 +1118,17 @@ class Look:
             for label, batch in (("base", before[name]), ("trained", after[name])):
                 group = batch.rows(torch.arange(b * k, b * k + k, device=batch.ids.device))
                 for i in range(min(3, k)):
-                    print(f"  {label:8}{'right' if group.right[i] else 'wrong'}  {self.paint(group, i)}")
+                    verdict = "right" if group.right[i] else "wrong"
+                    print(f"  {label:8}{verdict}  {self.paint(group, i)}")
 
     def paint(self, group, i):
-        """Response i of a group as text; on a terminal, every token in the colour of its quadrant."""
+        """Response i of a group as text; on a terminal, tokens in their quadrants' colours."""
         q = quadrants(group.reward, group.H, group.mask, len(group.ids))[i].tolist()
-        tokens = [self.run.tokenizer.decode([t], skip_special_tokens=True) for t in group.response(i)]
+        tokens = [self.run.tokenizer.decode([t], skip_special_tokens=True)
+                  for t in group.response(i)]
         if sys.stdout.isatty():
             colours = ["", *QUADRANTS.values()]
-            tokens = [f"{colours[number]}{t}\033[0m" for number, t in zip(q, tokens)]
+            tokens = [f"{colours[code]}{t}\033[0m" for code, t in zip(q, tokens)]
         return "".join(tokens[:400])
 
 
@@ -1098,12 +1142,12 @@ def train(cfg):
     stream, exams, solutions = load_data(cfg, run.tokenizer)
     print(f"{cfg.model}: {sum(p.numel() for p in run.policy.parameters()) / 1e6:.2f}M parameters, "
           f"{len(stream.problems)} problems of {cfg.train_data}; this run is in {out}")
-    imitate(run, solutions)
     look = Look(run, out, exams)
-    look.at(0, {})
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0,
                                   fused=True)
     try:
+        imitate(run, solutions)
+        look.at(0, {})
         for step in look.steps(cfg.steps):
             start = run.start_step()
 
@@ -1118,15 +1162,16 @@ def train(cfg):
 
             # Learn: one clipped gradient step per mini-batch.
             with run.timed("update"):
-                losses = [learn(run, optimizer, mini, f"step {step}")
-                          for mini in mini_batches(used, cfg)]
+                updates = [learn(run, optimizer, mini, f"step {step}")
+                           for mini in mini_batches(used, cfg)]
                 run.refresh()
 
             # Look: watch the reward; the loss of a policy gradient does not measure progress.
-            look.at(step, measure(run, batch, used, losses, time.perf_counter() - start))
+            look.at(step, measure(run, batch, used, updates, time.perf_counter() - start))
     except KeyboardInterrupt:
-        print(f"\ninterrupted: what was learned so far is kept in {out}/model")
-    save(run, out)
+        print("\ninterrupted")
+    finally:                        # whatever ends the run, what was learned is kept
+        save(run, out)
     look.summary()
 
 
@@ -1136,7 +1181,7 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if cfg.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)        # its matrices are too small to share
+        torch.set_num_threads(1)        # its matrices are too small for more to help
     torch.manual_seed(cfg.seed)
     train(cfg)
 
