@@ -5,8 +5,8 @@ right or wrong, and make the tokens of the better tries likelier. That is GRPO (
 policy optimization), and it gives each token of a response the same credit. Most tokens cannot use
 it: where the model was sure, there was no decision to praise. EAPO (entropy-aware policy
 optimization; He et al. 2026, arXiv 2604.11056, v1) therefore measures how unsure the model was at
-each token, its entropy H, and gives uncertain tokens more of the credit and more of the blame. It
-is one line on top of GRPO: the last line of `entropy_aware_advantages`.
+each token, its entropy H, and gives uncertain tokens a little more of the credit and of the blame.
+It is one formula on top of GRPO, (7), and one call in `train`.
 
     A_i     = (r_i - mean(r)) / std(r)                                   one number a response   (1)
     L       = - mean over tokens of min(rho A, clip(rho, 1-eps_low, 1+eps_high) A)               (2)
@@ -14,14 +14,16 @@ is one line on top of GRPO: the last line of `entropy_aware_advantages`.
     A^CA_t  = A + alpha sign(A) score_t                                  replaces A in (2)       (7)
 
 Numbers (2), (6), (7), and (8) further down, are the paper's; (1) is its unnumbered group advantage.
-Deviations are sample deviations (n - 1), and the code adds 1e-6 to both. The alphabet:
+(2) here is a mean over all tokens, as in the authors' framework, verl; they print it as a mean per
+group (--loss-mean group), and PPO's bound c for A < 0 comes on top, see `surrogate`. std(r) and
+sigma_H are sample deviations (n - 1), with 1e-6 added in the code. The alphabet:
 
     B prompts x G responses = N rows, the G responses to one prompt in adjacent rows
     T tokens of the longest response    V vocabulary    M tokens, flat    D size of hidden states
     r      reward of a response, +1 right or -1 wrong                             (N,)
     A      advantage of a response: how much better than its group, (1)           (N,)
-    A^CA   credit of a token, (7)                                                 (N, T)
-    pi_old the policy that sampled: full vocabulary, at the sampling temperature
+    A^CA   advantage of a token, (7); what Batch.A and the loss hold              (N, T)
+    pi_old the policy before the step: full vocabulary, at the sampling temperature
     H      entropy of pi_old before it drew each token, in nats                   (N, T)
     mask   True on response tokens, the stop token included                       (N, T)
     mu_H, sigma_H   mean and deviation of H over all response tokens of one group (N, 1)
@@ -38,7 +40,7 @@ The program in one breath, and the functions that do it, in the order of this fi
 
 Run:
     python eapo.py                                   a tiny model learns to carry: a laptop, minutes
-    python eapo.py --model Qwen/Qwen2.5-Math-7B      the paper's run, on the paper's data
+    python eapo.py --model Qwen/Qwen2.5-Math-7B      the paper's run and data: over 140 GB of GPU
     python eapo.py --help                            every setting
 
 Left out on purpose: a value network, a KL penalty with its reference model, a learned reward.
@@ -107,7 +109,7 @@ class Config:
     sampler: str = flag("auto", "loop: ours; engine: transformers' continuous batching; auto: the "
                                 "engine on a GPU", choices=("auto", "loop", "engine"))
     # credit and loss
-    alpha: float = flag(0.2, "(7) strength of the entropy term; 0 is GRPO")
+    alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
@@ -140,8 +142,9 @@ class Config:
              "--clip-c must lie above 1 + clip_high, outside the clip of (2), or be 0 for off")
         need(self.resample >= 0, "--resample counts further rounds: 0 or more")
         need(self.warmup_data or not self.warmup_steps, "--warmup-steps needs --warmup-data")
-        need(self.overlong_cache < self.max_response_tokens,
-             "--overlong-cache must be below --max-response-tokens")
+        need(0 <= self.overlong_cache < self.max_response_tokens,
+             "--overlong-cache must lie from 0 to below --max-response-tokens")
+        need(self.eval_temperature >= 0, "--eval-temperature must be 0 (greedy) or more")
         for name in ("prompts_per_step", "prompts_per_minibatch", "eval_samples",
                      "max_prompt_tokens", "max_response_tokens", "warmup_batch"):
             need(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
@@ -176,8 +179,9 @@ def reading(source):
 def parse_args(argv=None):
     """Config from the command line: what is typed, else the model's preset, else the default."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=". ".join(
-        f"--model {name} sets instead of the defaults above: " + ", ".join(
-            f"{key} {value}" for key, value in preset.items()) for name, preset in PRESETS.items()))
+        f"With --model {name} the [defaults] are instead: " + ", ".join(
+            f"{key.replace('_', '-')} {value}" for key, value in preset.items())
+        for name, preset in PRESETS.items()))
     for f in fields(Config):
         text = f.metadata["help"].replace("%", "%%") + f"  [{f.default}]"
         choices = f.metadata.get("choices")
@@ -214,7 +218,7 @@ def group_advantages(rewards, group_size):
     rewards (N,) -> A (N,). std is the sample deviation (n - 1), as in verl.
 
     The mean of the group stands in for a value network: a response is good if it beat the other
-    tries at its own prompt. If all G are right, or all wrong, every A is 0 and nothing is learned.
+    tries at its own prompt. If all G earn the same, every A is 0 and nothing is learned.
     """
     r = rewards.view(-1, group_size)                                          # (B, G)
     A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)       # (B, G)  (1)
@@ -271,7 +275,7 @@ def quadrants(rewards, H, mask, group_size):
         4 NHR  r <  0, H >= mu_H   wrong, at a fork      3 NLR  r <  0, H <  mu_H   wrong, routine
 
     (N,), (N, T), (N, T) -> (N, T) int, 0 outside the mask. They split the response tokens, so the
-    losses of the four add up to the whole. The gains of learning live in the two on the left.
+    losses of the four add up to the whole. In the paper the gains of learning live on the left.
     """
     mu, _ = entropy_mean_std(H, mask, group_size)
     high, positive = H >= mu, rewards[:, None] >= 0                           # (N, T), (N, 1)
@@ -409,7 +413,7 @@ def read_rows(source, split):
         rows = []
         need(os.path.isfile(source), f"{source}: no such file")
         with open(source, encoding="utf-8") as f:
-            lines = f.read().splitlines()
+            lines = list(f)
         for n, line in enumerate(lines, 1):
             try:
                 row = json.loads(line) if line.strip() else None
@@ -452,14 +456,16 @@ def load_problems(source, split):
     need(rows, f"{source}: no rows")
     text = column(rows, ("problem", "question", "prompt"), source, "problem")
     if split == "warmup":
-        solution = column(rows, ("solution", "response", "completion"), source, "worked solution")
-        return [Problem(str(r[text]), solution=str(r[solution])) for r in rows]
-    answer = column(rows, ("answer", "ground_truth", "solution"), source, "answer")
+        target = column(rows, ("solution", "response", "completion"), source, "worked solution")
+    else:
+        target = column(rows, ("answer", "ground_truth", "solution"), source, "answer")
     for n, row in enumerate(rows, 1):
-        need(row.get(text) not in (None, "") and row.get(answer) not in (None, "", []),
-             f"{source}, row {n}: {text} or {answer} is empty")
-    golds = [r[answer] for r in rows]
-    if answer == "solution":     # worked solutions: the gold is what they box
+        need(row.get(text) not in (None, "") and row.get(target) not in (None, "", []),
+             f"{source}, row {n}: {text} or {target} is empty")
+    if split == "warmup":
+        return [Problem(str(r[text]), solution=str(r[target])) for r in rows]
+    golds = [r[target] for r in rows]
+    if target == "solution":     # worked solutions: the gold is what they box, if they box it
         golds = [extract_answer(str(g)) or g for g in golds]
     return [Problem(str(r[text]), g) for r, g in zip(rows, golds)]
 
@@ -704,7 +710,7 @@ def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_
 
 # --------------------------------------------------------------------------------------------------
 # Part 5. The policy: a causal language model, and the two numbers we need of it at every response
-# token. One forward pass gives both; the update, the scoring pass and imitation share it.
+# token. One forward pass gives both; the update, `rescore` and imitation share it.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
@@ -784,7 +790,7 @@ class Run:
     cfg: Config
     policy: Policy
     tokenizer: object
-    stop_ids: list              # a response ends with one of these
+    stop_ids: list              # a response ends with one of these, the tokenizer's own first
     sampling_lm: object         # the model to sample from, see refresh
     seconds: dict = field(default_factory=dict)     # of this step, by phase
 
@@ -815,11 +821,12 @@ def load(cfg):
             lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     ends = lm.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    stop_ids = dict.fromkeys([tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])])
+    stop_ids = [x for x in stop_ids if x is not None]
     need(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
     lm = lm.to("cuda" if torch.cuda.is_available() else "cpu").eval()     # eval: dropout off
     with torch.no_grad():
-        probe = torch.tensor([[min(stop_ids)] * 2], device=lm.device)
+        probe = torch.tensor([stop_ids[:1] * 2], device=lm.device)
         hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
         same = torch.allclose(lm.get_output_embeddings()(hidden), lm(probe).logits, atol=1e-3)
     need(same, f"{cfg.model} changes its logits after the output head (a soft cap or a scale); "
@@ -827,7 +834,7 @@ def load(cfg):
     bf16 = cfg.matmuls == "bf16" or cfg.matmuls == "auto" and lm.device.type == "cuda"
     sampler = lm if not bf16 else AutoModelForCausalLM.from_config(
         lm.config, dtype=torch.bfloat16).to(lm.device).eval()
-    run = Run(cfg, Policy(lm, bf16), tokenizer, sorted(stop_ids), sampler)
+    run = Run(cfg, Policy(lm, bf16), tokenizer, stop_ids, sampler)
     run.refresh()
     return run
 
@@ -1170,7 +1177,7 @@ def train(cfg):
             look.at(step, measure(run, batch, used, updates, time.perf_counter() - start))
     except KeyboardInterrupt:
         print("\ninterrupted")
-    finally:                        # whatever ends the run, what was learned is kept
+    finally:                        # Ctrl-C or an error: what was learned is kept
         save(run, out)
     look.summary()
 

@@ -457,6 +457,7 @@ def test_parquet_loads_too(tmp_path):
     ('{"text": "1", "answer": "1"}\n', "no column for the problem among text, answer"),
     ('{"question": "1", "prompt": "1", "answer": "1"}\n', "question and prompt could all be"),
     ('{"problem": "1", "answer": ""}\n', "row 1: problem or answer is empty"),
+    ('{"problem": "1", "answer": "1"}\n{"problem": "2"}\n', "row 2: problem or answer is empty"),
     ("", "no rows")])
 def test_bad_data_gets_one_line_that_says_where(tmp_path, text, says):
     (tmp_path / "x.jsonl").write_text(text)
