@@ -31,12 +31,12 @@ sigma_H are sample deviations (n - 1), with 1e-6 added in the code. The alphabet
 
 The program in one breath, and the functions that do it, in the order of this file:
 
-    for each step:                                               the loop is `train`, part 8
-        try      sample G responses to each of B prompts         sample_loop (4), roll_out (6)
-        mark     r = +1 where \\boxed{} holds the right answer    is_correct (3), attempt (6)
+    for each step:                                               the loop is `train`, part 9
+        try      sample G responses to each of B prompts         sample_loop (5), roll_out (7)
+        mark     r = +1 where \\boxed{} holds the right answer    is_correct (3), attempt (7)
         compare  A (1) from the group, A^CA (7) from entropies   entropy_aware_advantages (2)
-        learn    clipped gradient steps on L (2)                 policy_loss (2), learn (5)
-        look     log what happened; now and then sit an exam     measure, Look (7)
+        learn    clipped gradient steps on L (2)                 policy_loss (2), learn (6)
+        look     log what happened; now and then sit an exam     measure, Look (8)
 
 Run:
     python eapo.py                                   a tiny model learns to carry: a laptop, minutes
@@ -46,6 +46,7 @@ Run:
 Left out on purpose: a value network, a KL penalty with its reference model, a learned reward.
 """
 import argparse
+import cmath
 import contextlib
 import json
 import math
@@ -58,6 +59,9 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
+from operator import add, mul, sub, truediv
+from string import ascii_letters, digits
+from zlib import crc32
 
 import datasets
 import torch
@@ -325,8 +329,335 @@ def pass_at_k(n, c, k):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 3. Problems, and the verifier that marks the answers. "Verifiable" means: a short program
-# decides. It sees the last \boxed{} of a response and nothing else.
+# Part 3. The verifier: is the boxed answer equal to the gold? "Verifiable" means that a short
+# program decides. All reward hangs on it: it may not pay for a wrong answer, refuse a right one,
+# hang or raise. Three steps: scan LaTeX into tokens, read them with a calculator, compare values.
+#
+# No algebra is needed to see that (x+1)^2 = x^2 + 2x + 1. Two different polynomials of degree d
+# agree at a point drawn from N numbers with probability d/N at most, as their difference has at
+# most d roots (Schwartz and Zippel). So give each variable a pseudo-random value and compute both
+# sides; what is equal at three points is equal. Rational numbers stay exact; roots, pi, e and
+# sines are floats, compared to nine digits.
+# --------------------------------------------------------------------------------------------------
+
+LONGEST, MOST_TOKENS = 500, 100      # characters and tokens of an answer
+MOST_BITS, POINTS = 2 ** 15, 3       # of a fraction, and sample points for each variable
+
+ALIASES = {other: token for token, others in {
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "√", "π": r"\pi pi",
+    "*": r"\cdot \times × ·", "/": r"\div ÷", "-": "− –", "±": r"\pm", "∓": r"\mp",
+    "=": r"\in", "≤": r"\le \leq", "≥": r"\ge \geq", "≠": r"\ne \neq", "∪": r"\cup",
+    ",": "; and or OR", "%": r"\% percent", "°": r"\circ \degree degrees", "∞": r"\infty",
+}.items() for other in others.split()}
+SILENT = {"\\ ", *r"\left \right \big \Big \, \; \: \! \$ $ ~ \( \) \[ \] \displaystyle".split()}
+TEXTS = set(r"\text \mbox \textbf \textit \textrm \textnormal \mathrm".split())
+NAMES = set(r"\alpha \beta \gamma \theta \lambda \mu \rho \sigma \phi \varphi \omega ∞".split())
+CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "°": math.nan}
+FUNCTIONS = {
+    r"\sin": cmath.sin, r"\cos": cmath.cos, r"\tan": cmath.tan, r"\exp": cmath.exp,
+    r"\ln": cmath.log, r"\log": cmath.log, r"\sec": lambda z: 1 / cmath.cos(z)}
+ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
+CLOSERS = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"], r"\begin": [r"\end"]}
+SUM, FUNCTION, PRODUCT = 6, 7, 8     # how tight operators bind
+LEVEL = {r"\\": 1, "&": 2, ",": 3, "=": 4, "≠": 4, "<": 4, ">": 4, "≤": 4, "≥": 4, "∪": 5,
+         ":": 5, "+": SUM, "-": SUM, **dict.fromkeys(FUNCTIONS, FUNCTION), "*": PRODUCT,
+         "/": PRODUCT}
+FACTORS = {*CLOSERS, *CONSTANTS, *FUNCTIONS, r"\frac", r"\sqrt"}
+
+
+def braced(text, i):
+    """The content of the braces that open at i, and where they end; None if they stay open."""
+    depth = 0
+    for j in range(i, min(len(text), i + LONGEST)):
+        if text[j] in "{}" and text[j - 1] != "\\":                  # \{ is a bracket of a set
+            depth += 1 if text[j] == "{" else -1
+        if depth == 0:
+            return text[i:j + 1].removeprefix("{").removesuffix("}"), j + 1
+    return None, len(text)
+
+
+def extract_answer(response):
+    """The content of the last complete \\boxed{...}; None if there is none among the last 20."""
+    start = len(response)
+    for _ in range(20):
+        start = response.rfind(r"\boxed{", 0, max(start, 0))
+        if start < 0:
+            return None
+        content, _ = braced(response, start + len(r"\boxed"))
+        if content is not None:
+            return content
+    return None
+
+
+def span(text, i, characters):
+    """The end of the run of `characters` that starts at i."""
+    return len(text) - len(text[i:].lstrip(characters))
+
+
+def join_thousands(text, marks):
+    """1,234,567 as 1234567: a mark goes if it has a digit before it and three behind it."""
+    for mark in marks:
+        joined, *groups = text.split(mark)
+        for group in groups:
+            thousand = joined[-1:].isdecimal() and span(group, 0, digits) == 3
+            joined += group if thousand else mark + group
+        text = joined
+    return text
+
+
+def scan(text, prose=False):
+    """The tokens of LaTeX text. Mere notation (\\left, \\, $ ..) leaves none; subscripts stay with
+    their token: x_1, 204_5. Words are marked by a quote, to tell them from products of variables;
+    in `prose`, the inside of \\text{...}, all letters are words."""
+    tokens, i = [], 0
+    while i < len(text):
+        start, last = i, tokens[-1] if tokens else ""
+        i = max(span(text, i, ascii_letters), span(text, i, digits + "."), i + 1)
+        if text[start] == "\\":
+            i = max(span(text, i, ascii_letters), i + 1)
+        elif text[start] in digits and last in (r"\frac", r"\sqrt"):
+            i = start + 1                                            # TeX takes one digit: \frac12
+        token, content = text[start:i], ""
+        if token in TEXTS or token in (r"\begin", r"\end", "_"):
+            content, i = braced(text, i)
+        spaced = token == text or text[start - 1] == " " and len(token) > 3
+        if content is None:
+            tokens.append("?")                                       # braces that stay open
+        elif token in TEXTS:
+            tokens += scan(content, prose=True)
+        elif token == "_":
+            tokens[-1:] = [last + "_" + content]
+        elif token in ALIASES or token[0] not in ascii_letters:
+            token = ALIASES.get(token, token)
+            if not token.isspace() and token not in SILENT and not token == last == ",":
+                tokens.append(token)                                 # one comma in "2, 3, and 4"
+        elif (prose or spaced and len(token) > 2) and token not in CONSTANTS:
+            word = token.lower() if len(token) > 1 else token        # "two lines" is one word
+            tokens[-1:] = [last + word] if last.startswith('"') else [*tokens[-1:], '"' + word]
+        else:
+            tokens += token                                          # xy is x times y
+    return tokens
+
+
+def is_name(token):
+    """Whether a token is a variable."""
+    letter = token[:1].isascii() and token[:1].isalpha() or token.partition("_")[0] in NAMES
+    return letter and token not in CONSTANTS
+
+
+class Calculator:
+    """Operator precedence: an operand takes what follows for as long as operators bind tighter.
+
+    expression = operand {operator operand}       from loose to tight: rows and columns of a matrix,
+                                                  comma, = < .., cup and :, + -, * / nothing (2x)
+    operand    = "-" product | atom {"!" | "%" | degree | unit | "^" atom}    1\\frac45 is 1 + 4/5
+    atom       = number | name | words | bracket expression bracket | \\sin ["^" atom] product
+               | \\frac atom atom | \\sqrt ["[" expression "]"] atom
+
+    A value is a number or a structure such as (",", 1, 2), of which the first part is the kind:
+    , ∪ without order; () (] [) [] for points and intervals; & \\\\ : = < ..; _ for a base."""
+
+    def __init__(self, tokens, point):
+        self.tokens, self.point = ["", *reversed(tokens)], point     # the next token is the last
+
+    def accept(self, token):
+        """Take the next token if it is this one."""
+        return self.tokens.pop() if self.tokens[-1] == token else ""
+
+    def expression(self, level=0):
+        value = self.operand()
+        while True:
+            symbol = self.tokens[-1]
+            factor = symbol in FACTORS or is_name(symbol)            # 2x, 2(x+1), 2\pi
+            strength = LEVEL.get(symbol, PRODUCT * factor)
+            if strength <= level:
+                return value
+            if factor:
+                value = compute(mul, value, self.expression(PRODUCT))
+            elif symbol in ARITHMETIC:
+                self.tokens.pop()
+                value = compute(ARITHMETIC[symbol], value, self.expression(strength))
+            else:
+                value = (symbol, value)
+                while self.accept(symbol):
+                    value += (self.expression(strength),)
+
+    def operand(self):
+        """An atom with its sign and the marks behind it; degrees and units do not count."""
+        if sign := self.accept("-") or self.accept("+"):
+            return compute(ARITHMETIC[sign], Fraction(0), self.expression(SUM))
+        whole, value = self.tokens[-1].isdecimal(), self.atom()
+        if whole and self.tokens[-1] == r"\frac":
+            part = self.atom()
+            mixed = isinstance(part, Fraction) and part < 1
+            value = compute(add if mixed else mul, value, part)      # 1\frac45 is 1 + 4/5
+        while True:
+            if self.accept("!"):
+                value = compute(factorial, value)
+            elif self.accept("%"):
+                value = compute(truediv, value, Fraction(100))
+            elif self.accept("^"):
+                exponent = self.atom()
+                value = value if exponent is math.nan else compute(power, value, exponent)
+            elif self.tokens[-1].startswith('"'):
+                self.tokens.pop()
+                if self.accept("^"):                                 # the 2 of cm^2
+                    self.atom()
+            elif not self.accept("°"):
+                return value
+
+    def atom(self):
+        token = self.tokens.pop()
+        if token and token[0] in digits + ".":
+            number, _, base = token.partition("_")
+            return ("_", Fraction(number), Fraction(base)) if base else Fraction(number)
+        if token in CONSTANTS:
+            return CONSTANTS[token]
+        if token.startswith('"') or is_name(token):                  # a variable: between 1 and 3
+            name = token.strip('"')
+            return 1 + Fraction(crc32(f"{self.point}{name}".encode()) % 1994, 997)
+        if token in CLOSERS:
+            value, closer = self.expression(), self.tokens.pop() or "?"
+            if closer not in CLOSERS[token]:
+                raise ValueError(token + closer)
+            point = kind(value) == "," and token in "(["             # or an interval
+            return (token + closer, *value[1:]) if point else value
+        if token == r"\frac":
+            return compute(truediv, self.atom(), self.atom())
+        if token == r"\sqrt":
+            degree = self.atom() if self.tokens[-1] == "[" else Fraction(2)
+            return compute(power, self.atom(), compute(truediv, Fraction(1), degree))
+        if token in FUNCTIONS:                                       # \sin^2 2x is (sin(2x))^2
+            exponent = self.atom() if self.accept("^") else Fraction(1)
+            inner = self.atom() if self.tokens[-1] in CLOSERS else self.expression(FUNCTION)
+            return compute(power, compute(FUNCTIONS[token], inner), exponent)
+        raise ValueError(token)
+
+
+def calculate(tokens, point):
+    """The value of an answer at a sample point; with +- in it, a list of two."""
+    if "±" in tokens or "∓" in tokens:
+        upper = [{"±": "+", "∓": "-"}.get(token, token) for token in tokens]
+        lower = [{"±": "-", "∓": "+"}.get(token, token) for token in tokens]
+        return (",", calculate(upper, point), calculate(lower, point))
+    calculator = Calculator(tokens, point)
+    value = calculator.expression()
+    if calculator.tokens != [""]:
+        raise ValueError(calculator.tokens[-1])
+    return value
+
+
+def kind(value):
+    """The kind of a structure; empty for a number."""
+    return value[0] if isinstance(value, tuple) else ""
+
+
+def compute(function, *arguments):
+    """The result of an operation on numbers, unless it has too many digits."""
+    if not all(isinstance(argument, (Fraction, float, complex)) for argument in arguments):
+        raise ValueError("arithmetic is for numbers")
+    return bounded(function(*arguments))
+
+
+def bounded(number, factors=1):
+    """The number, if a product of so many factors of its size has not too many digits."""
+    if isinstance(number, Fraction) and isinstance(factors, (int, Fraction)):
+        bits = (abs(number.numerator) + number.denominator).bit_length()
+        if bits * abs(factors) > MOST_BITS:
+            raise ValueError("too many digits")
+    return number
+
+
+def power(base, exponent):
+    """9^{9^{9^9}} is refused before it is computed."""
+    return bounded(base, exponent) ** exponent
+
+
+def factorial(n):
+    """n! is a product of n numbers up to n."""
+    if not isinstance(n, Fraction) or n.denominator != 1:
+        raise ValueError("the factorial of a fraction")
+    return Fraction(math.factorial(bounded(n, n).numerator))
+
+
+def agree(ours, theirs):
+    """Whether two values are equal: structures by their parts, 1, 2 and 2, 1 in any order."""
+    if kind(ours) != kind(theirs):                                   # 204 is 204_5
+        ours, theirs = (value[1] if kind(value) == "_" else value for value in (ours, theirs))
+    kinds = {kind(ours), kind(theirs)}
+    if kinds == {""}:
+        return close(ours, theirs)
+    if len(kinds) > 1 and kinds != {",", "()"} or len(ours) != len(theirs):
+        return False                                                 # but 1, 2 in order is (1, 2)
+    ordered, rest = not kinds <= {",", "∪"}, list(theirs[1:])
+    for item in ours[1:]:
+        candidates = rest[:1] if ordered else rest
+        match = next((k for k, other in enumerate(candidates) if agree(item, other)), None)
+        if match is None:
+            return False
+        del rest[match]                                              # 1, 1 is not 1, 2
+    return True
+
+
+def close(ours, theirs):
+    """Equality of numbers: exact if both are rational, else to nine digits."""
+    exact = isinstance(ours, Fraction) and isinstance(theirs, Fraction)
+    tolerance = 0 if exact else 1e-9 * abs(theirs) or 1e-13
+    return bool(abs(ours - theirs) <= tolerance < math.inf)          # neither nan nor infinity
+
+
+def same_equation(values):
+    """Equations are equal if left minus right keeps one ratio: y = x + 1 and 2y - 2x = 2."""
+    if kind(values[0][0]) != "=" or kind(values[0][1]) != "=":
+        return False
+    ratios = [compute(sub, a, b) / compute(sub, c, d) for (_, a, b), (_, c, d) in values]
+    return ratios[0] != 0 and all(close(ratio, ratios[0]) for ratio in ratios)
+
+
+def equal(ours, theirs):
+    """Whether two lists of tokens are the same or mean the same; False if they are unreadable."""
+    if ours == theirs or max(len(ours), len(theirs)) > MOST_TOKENS:
+        return ours == theirs != []
+    if ours[1:2] == ["="] and is_name(ours[0]) and "=" not in theirs:
+        ours = ours[2:]                                              # x = 5 is 5, but not y = 5
+    if theirs[1:2] == ["="] and is_name(theirs[0]) and "=" not in ours:
+        theirs = theirs[2:]
+    names = {token.strip('"') for token in theirs if token[0] == '"' or is_name(token)}
+    if not set(filter(is_name, ours)) <= names:
+        return False                                                 # x - x + 5 is no answer
+    points = range(POINTS if names else 1)
+    try:
+        values = [(calculate(ours, k), calculate(theirs, k)) for k in points]
+        same = all(agree(a, b) for a, b in values)
+        return same or len(points) > 1 and same_equation(values)
+    except (ArithmeticError, ValueError, RecursionError):
+        return False
+
+
+def same_answer(prediction, gold):
+    """Whether two answers are equal in one reading: 1,234 may be a number or two, 50% 50 or 1/2."""
+    pair = [text.strip("$ \n").removesuffix(".") for text in (prediction, gold)]
+    if max(map(len, pair)) > LONGEST:
+        return False
+    bracketed = any(opener in text for opener in ("(", "[", r"\{") for text in pair)
+    for marks in [("{,}", r",\!")] + [("{,}", r",\!", ",")] * (not bracketed):
+        ours, theirs = (scan(join_thousands(text, marks)) for text in pair)
+        if equal(ours, theirs):
+            return True
+        if "%" in ours + theirs and equal(*([t for t in x if t != "%"] for x in (ours, theirs))):
+            return True
+    return False
+
+
+def is_correct(response, gold):
+    """Whether the response's last \\boxed{} holds the gold answer, or one of a list of golds."""
+    answer = extract_answer(response)
+    golds = [str(g) for g in (gold if isinstance(gold, (list, tuple)) else [gold])]
+    return answer is not None and any(same_answer(answer, extract_answer(g) or g) for g in golds)
+
+
+# --------------------------------------------------------------------------------------------------
+# Part 4. Problems: a task made here, and problems from files and from the hub.
 # --------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -335,47 +666,6 @@ class Problem:
     answer: object = None     # gold answer, or a list of alternatives
     solution: str = ""        # worked solution, for imitation only
     ids: list = None          # the prompt as tokens: chat template or suffix applied, once
-
-
-def extract_answer(text):
-    """The content of the last complete \\boxed{...}, braces matched; None if there is none."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for i in range(start + len("\\boxed"), len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if depth == 0:
-                return text[start + len("\\boxed{"):i]
-        start = text.rfind("\\boxed{", 0, start)
-    return None
-
-
-def number(text):
-    """An integer, decimal, a/b or \\frac{a}{b} as a Fraction; None for anything else."""
-    text = text.strip().strip("$").replace(" ", "").replace("\\dfrac", "\\frac")
-    sign, text = (-1, text[1:]) if text.startswith("-") else (1, text)
-    if text.startswith("\\frac{") and text.endswith("}"):
-        text = text[len("\\frac{"):-1].replace("}{", "/", 1)
-    whole, slash, below = text.partition("/")
-    plain = all(c in "0123456789." for c in whole + below) and len(text) < 100
-    digits = lambda s: s.count(".") <= 1 and s.strip(".") != ""
-    if not plain or not digits(whole) or slash and not (below.isdigit() and int(below)):
-        return None
-    return sign * Fraction(whole) / (int(below) if slash else 1)
-
-
-def same_answer(prediction, gold):
-    """Equal as text without spaces, or as numbers: 0.5, 1/2 and \\frac{1}{2} are one answer."""
-    if "".join(prediction.split()) == "".join(gold.split()) != "":
-        return True
-    a, b = number(prediction), number(gold)
-    return a is not None and a == b
-
-
-def is_correct(response, gold):
-    """Whether the response's last \\boxed{} holds the gold answer, or one of a list of golds."""
-    answer, golds = extract_answer(response), gold if isinstance(gold, (list, tuple)) else [gold]
-    return answer is not None and any(same_answer(answer, str(g)) for g in golds)
 
 
 def pupil(a, b, rng):
@@ -529,7 +819,7 @@ def load_data(cfg, tokenizer):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 4. Rollouts. From prompts to a Batch: G responses to each, with the log-probability of every
+# Part 5. Rollouts. From prompts to a Batch: G responses to each, with the log-probability of every
 # token drawn and the entropy it was drawn at.
 # --------------------------------------------------------------------------------------------------
 
@@ -709,7 +999,7 @@ def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 5. The policy: a causal language model, and the two numbers we need of it at every response
+# Part 6. The policy: a causal language model, and the two numbers we need of it at every response
 # token. One forward pass gives both; the update, `rescore` and imitation share it.
 # --------------------------------------------------------------------------------------------------
 
@@ -821,8 +1111,8 @@ def load(cfg):
             lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     ends = lm.generation_config.eos_token_id
-    stop_ids = dict.fromkeys([tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])])
-    stop_ids = [x for x in stop_ids if x is not None]
+    ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    stop_ids = [x for x in dict.fromkeys(ends) if x is not None]
     need(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
     lm = lm.to("cuda" if torch.cuda.is_available() else "cpu").eval()     # eval: dropout off
     with torch.no_grad():
@@ -913,7 +1203,7 @@ def imitate(run, problems):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 6. Try, mark, and the exam.
+# Part 7. Try, mark, and the exam.
 # --------------------------------------------------------------------------------------------------
 
 ROWS = 512      # responses that the loop decodes at a time
@@ -1011,7 +1301,7 @@ def sit_exams(run, exams):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 7. Plumbing: files, metrics, the terminal. Skip on first reading.
+# Part 8. Plumbing: files, metrics, the terminal. Skip on first reading.
 # --------------------------------------------------------------------------------------------------
 
 QUADRANTS = {"PHR": "\033[1;92m", "PLR": "\033[32m", "NLR": "\033[31m", "NHR": "\033[1;91m"}
@@ -1140,7 +1430,7 @@ class Look:
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 8. The loop: try, mark, compare, learn, look.
+# Part 9. The loop: try, mark, compare, learn, look.
 # --------------------------------------------------------------------------------------------------
 
 def train(cfg):
