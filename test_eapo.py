@@ -500,12 +500,12 @@ def test_a_stream_gives_every_problem_once_an_epoch_and_resumes_from_its_positio
 # ---- the verifier --------------------------------------------------------------------------------
 
 GOLDS = r"""42 | -7 | 0 | 1000000 | 2.5 | 16.67 | \frac{3}{4} | -\frac{1}{2}
-| \dfrac{2469}{20,\!000} | 3/7 | 2\sqrt{3} | \frac{1+\sqrt{5}}{2} | \frac{9}{4}\pi | 80-20\pi | \sqrt[3]{2}+1 | 2^{4950}
-| 1/2004! | 60^\circ | 20\% | \$23{,}000 | 8,\!424,\!000 | 24\text{ days} | 1\frac{2}{3} | (2,-3)
-| \left(\frac12,3\right) | [0,3) | (-\infty,2)\cup(2,\infty) | 1,-2,3 | \{4,5,7\} | 3 \pm 2\sqrt{2}
-| x^2-5x+6 | (a+b)(a+c) | y=2x+1 | x^2+y^2=25 | -7+24i | \sin^2 y | 1604_8 | \text{(C)}
-| \text{odd} | 3 : 5 : 7 | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}""".replace(
-    "\n", " ").split(" | ")
+| \dfrac{2469}{20,\!000} | 3/7 | 2\sqrt{3} | \frac{1+\sqrt{5}}{2} | \frac{9}{4}\pi | 80-20\pi
+| \sqrt[3]{2}+1 | 2^{4950} | 1/2004! | 60^\circ | 20\% | \$23{,}000 | 8,\!424,\!000
+| 24\text{ days} | 1\frac{2}{3} | (2,-3) | \left(\frac12,3\right) | [0,3)
+| (-\infty,2)\cup(2,\infty) | 1,-2,3 | \{4,5,7\} | 3 \pm 2\sqrt{2} | x^2-5x+6 | (a+b)(a+c)
+| y=2x+1 | x^2+y^2=25 | -7+24i | \sin^2 y | 1604_8 | \text{(C)} | \text{odd} | 3 : 5 : 7
+| \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}""".replace("\n", " ").split(" | ")
 
 
 def pairs(table):
