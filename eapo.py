@@ -1181,6 +1181,10 @@ def imitate(run, problems):
     optimizer = torch.optim.AdamW(run.policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     steps = range(cfg.warmup_steps if problems else 0)
+    marked = [is_correct(p.solution, p.answer) for p in problems[:1000] if p.answer]
+    if marked:
+        print(f"warm-up: {len(problems)} worked solutions, {sum(marked) / len(marked):.0%} of them "
+              "right; once it has converged the base model solves about as many")
     with tqdm(steps, desc="warm-up", unit="step", disable=not steps) as bar:
         for step in bar:
             left = 1 - step / cfg.warmup_steps
@@ -1215,9 +1219,10 @@ def attempt(run, problems, n, temperature, top_p):
     engine = cfg.sampler == "engine" or cfg.sampler == "auto" and lm.device.type == "cuda"
     sample, B = (sample_engine, len(problems)) if engine else (sample_loop, max(1, ROWS // n))
     with run.timed("sample"):
+        blocks = tqdm(range(0, len(problems), B), desc="sampling", leave=False,
+                      disable=len(problems) <= 4 * B)
         batch = join([sample(lm, [p.ids for p in problems[i:i + B]], n, cfg.max_response_tokens,
-                             temperature, top_p, run.stop_ids)
-                      for i in range(0, len(problems), B)])
+                             temperature, top_p, run.stop_ids) for i in blocks])
     if batch.H is None or lm is not run.policy.lm:
         rescore(run, batch, temperature)
     texts = run.tokenizer.batch_decode([batch.response(i) for i in range(len(batch.ids))],
