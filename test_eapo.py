@@ -712,13 +712,13 @@ TOY = ["--warmup-steps", 0, "--prompts-per-step", 8, "--prompts-per-minibatch", 
 
 
 def test_twenty_steps_on_a_toy_task_raise_the_reward(tmp_path, monkeypatch):
-    """A random model, and a verifier that wants a "=" in the first 8 characters: by chance
-    1 - (17/18)^8 = 0.37, and less, as a stop token may come first."""
+    """A random model, and a verifier that wants a "=" in the first 8 characters. A uniform policy
+    manages that in 1 - (17/18)^8 = 0.37 of its responses; without learning it stays about there."""
     monkeypatch.setattr(eapo, "is_correct", lambda text, gold: "=" in text)
     eapo.main([*map(str, TOY), "--steps", "20", "--eval-every", "0",
                "--out", str(tmp_path / "run")])
     rates = [m["solve_rate"] for m in rows_of(tmp_path) if m["step"]]
-    assert len(rates) == 20 and sum(rates[:3]) / 3 < 0.5 and sum(rates[-3:]) / 3 > 0.8
+    assert len(rates) == 20 and rates[0] < 0.6 and sum(rates[-3:]) / 3 > 0.9
 
 
 @pytest.fixture(scope="module")
