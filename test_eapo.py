@@ -258,7 +258,12 @@ def test_cutting_a_mini_batch_into_micro_batches_does_not_change_the_gradient(lo
         kept = []
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
         optimizer.zero_grad = lambda **_: kept.extend(p.grad for p in policy.parameters())
-        eapo.learn(eapo.Run(cfg, policy, None, [1], policy.lm), optimizer, batch, "test")
+        run = eapo.Run(cfg, policy, None, [1], policy.lm)
+        loss, _, _ = eapo.learn(run, optimizer, batch, "test")
+        rho = (logp - batch.logp).exp()[batch.mask]
+        A = batch.A[batch.mask]
+        gain = torch.minimum(rho * A, rho.clamp(.8, 1.28) * A)
+        assert loss_mean == "group" or loss == pytest.approx(-float(gain.mean()), abs=1e-6)
         grads.append(torch.cat([g.flatten() for g in kept]))
     assert grads[0].norm() > 1e-3
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-7)
@@ -426,7 +431,8 @@ def test_a_prompt_is_rendered_once_with_one_bos():
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     bos = tokenizer.bos_token_id
     tokenizer.chat_template = "<s>{{ messages[0]['content'] }}"
-    assert eapo.render(tokenizer, "1+1=").count(bos) == 1
+    ids = eapo.render(tokenizer, "1+1=")
+    assert ids.count(bos) == 1 and ids[-1] != tokenizer.eos_token_id
     tokenizer.chat_template = None
     ids = eapo.render(tokenizer, "1+1=")
     assert ids[-1] != tokenizer.eos_token_id        # this tokenizer ends every text with eos
@@ -763,6 +769,18 @@ def test_the_trained_model_is_an_ordinary_folder_that_trains_on(two_runs, tmp_pa
     assert rows_of(tmp_path)[-1]["groups"] >= 2
 
 
+def test_looking_does_not_change_the_run(tmp_path):
+    """Two exams of one model give the same answers, and leave the random generator as it was."""
+    cfg = config(tmp_path, "--max-response-tokens", 8)
+    run = eapo.load(cfg)
+    exams = {"x": eapo.prepare(eapo.addition("exam")[:4], run.tokenizer, cfg, "x")}
+    one = eapo.sit_exams(run, exams)[1]["x"].ids
+    torch.rand(1)                               # a step of training in between
+    state = torch.get_rng_state()
+    two = eapo.sit_exams(run, exams)[1]["x"].ids
+    assert one.equal(two) and torch.get_rng_state().equal(state)
+
+
 def test_a_folder_that_holds_a_run_is_not_written_over(two_runs):
     with pytest.raises(SystemExit, match="holds the metrics of another run"):
         eapo.open_run(config(two_runs[0]))
@@ -774,14 +792,16 @@ def test_bf16_matmuls_sample_from_a_fresh_copy_and_score_with_the_policy(tmp_pat
     seen = []
     real = eapo.sample_loop
     def spy(lm, *args):
-        seen.append((lm.dtype, lm.model.norm.weight.float().sum().item()))
+        seen.append((lm.dtype, lm.get_input_embeddings().weight.float().sum().item()))
         return real(lm, *args)
     monkeypatch.setattr(eapo, "sample_loop", spy)
     monkeypatch.setattr(eapo, "is_correct", lambda text, gold: len(text) % 2 == 1)
     eapo.main([*map(str, TOY), "--steps", "3", "--eval-every", "0", "--matmuls", "bf16",
                "--learning-rate", "1e-2", "--prompts-per-minibatch", "8", "--warmup-steps", "2",
                "--out", str(tmp_path / "run")])
-    assert all(dtype == torch.bfloat16 for dtype, _ in seen) and len({w for _, w in seen}) == 3
+    start = eapo.tiny_model(0)[0].bfloat16().get_input_embeddings().weight.float().sum().item()
+    assert all(dtype == torch.bfloat16 for dtype, _ in seen)
+    assert len({start, *(w for _, w in seen)}) == 4     # after the warm-up too
     assert [m["clip_fraction"] for m in rows_of(tmp_path) if m["step"]] == [0, 0, 0]
     assert all(m["seconds_score"] > 0 for m in rows_of(tmp_path) if m["step"])
 
