@@ -6,14 +6,14 @@ policy optimization), and it gives each token of a response the same credit. Mos
 it: where the model was sure, there was no decision to praise. EAPO (entropy-aware policy
 optimization; He et al. 2026, arXiv 2604.11056, v1) therefore measures how unsure the model was at
 each token, its entropy H, and gives uncertain tokens a little more of the credit and of the blame.
-It is one formula on top of GRPO, (7), and one call in `train`.
+It is one formula on top of GRPO, (7).
 
     A_i     = (r_i - mean(r)) / std(r)                                   one number a response   (1)
     L       = - mean over tokens of min(rho A, clip(rho, 1-eps_low, 1+eps_high) A)               (2)
     score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)           one number a token      (6)
     A^CA_t  = A + alpha sign(A) score_t                                  replaces A in (2)       (7)
 
-Numbers (2), (6), (7), and (8) further down, are the paper's; (1) is its unnumbered group advantage.
+Numbers (2), (6), (7) and those further down are the paper's; (1) is its unnumbered group advantage.
 (2) here is a mean over all tokens, as in the authors' framework, verl; they print it as a mean per
 group (--loss-mean group), and PPO's bound c for A < 0 comes on top, see `surrogate`. std(r) and
 sigma_H are sample deviations (n - 1), with 1e-6 added in the code. The alphabet:
@@ -31,16 +31,16 @@ sigma_H are sample deviations (n - 1), with 1e-6 added in the code. The alphabet
 
 The program in one breath, and the functions that do it, in the order of this file:
 
-    for each step:                                               the loop is `train`, part 9
+    for each step:                                               the loop is `train`, part 10
         try      sample G responses to each of B prompts         sample_loop (5), roll_out (7)
         mark     r = +1 where \\boxed{} holds the right answer    is_correct (3), attempt (7)
         compare  A (1) from the group, A^CA (7) from entropies   entropy_aware_advantages (2)
         learn    clipped gradient steps on L (2)                 policy_loss (2), learn (6)
-        look     log what happened; now and then sit an exam     measure, Look (8)
+        look     log what happened; now and then sit an exam     measure, sit_exams (7)
 
 Run:
     python eapo.py                                   a tiny model learns to carry: a laptop, minutes
-    python eapo.py --model Qwen/Qwen2.5-Math-7B      the paper's run and data: over 140 GB of GPU
+    python eapo.py --model Qwen/Qwen2.5-Math-7B      the paper's run and data, on all GPUs there are
     python eapo.py --help                            every setting
 
 Left out on purpose: a value network, a KL penalty with its reference model, a learned reward.
@@ -48,92 +48,111 @@ Left out on purpose: a value network, a KL penalty with its reference model, a l
 import argparse
 import cmath
 import contextlib
+import html
 import json
 import math
 import os
 import platform
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from operator import add, mul, sub, truediv
 from string import ascii_letters, digits
 from zlib import crc32
 
 import datasets
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 # --------------------------------------------------------------------------------------------------
 # Part 1. The settings. A flag is a field of Config with hyphens for underscores. Defaults are those
-# of the paper's run of Qwen2.5-Math-7B (table 6) where it names them; PRESETS holds what other
-# models change, so that `--model tiny`, the default, fits a laptop.
+# of the paper's run of Qwen2.5-Math-7B (table 6) where it names them; PRESETS and METHODS hold what
+# a model or a method changes, so that `--model tiny`, the default, fits a laptop.
 # --------------------------------------------------------------------------------------------------
 
-def flag(default, text, **options):
-    """A Config field whose help text `--help` prints beside its default."""
-    return field(default=default, metadata={"help": text, **options})
+METHODS = {     # credit and loss rules: part 2 has their formulas
+    "eapo": {}, "grpo": {}, "forking": {}, "entroadv": {}, "entroreg": {}, "w-reinforce": {},
+    "dapo": dict(resample=2, overlong=0.2),
+    "kl-cov": dict(clip_low=1.0, clip_high=math.inf, clip_c=0.0),       # a penalty, and no clip
+}
+QUADRANTS = {"PHR": "\033[1;92m", "PLR": "\033[32m", "NLR": "\033[31m", "NHR": "\033[1;91m"}
+
+
+def flag(default, text, group=None, **options):
+    """A Config field: its default, its help, the heading it opens in `--help`."""
+    return field(default=default, metadata={"help": text, "group": group, **options})
 
 
 @dataclass
 class Config:
-    # what to train on what
-    model: str = flag("tiny", "tiny, a Hugging Face folder, or a hub id")
+    model: str = flag("tiny", "tiny, a Hugging Face folder, or a hub id", "what to train on what")
     train_data: str = flag("agentica-org/DeepScaleR-Preview-Dataset",
                            "addition, a .jsonl/.csv/.parquet file, or a hub id[:split]")
     eval_data: str = flag("HuggingFaceH4/MATH-500", "the same, several with commas between")
-    out: str = flag("", "folder of the run; default runs/MODEL-TIME")
+    out: str = flag("", "folder of the run; empty: runs/MODEL-TIME")
     seed: int = flag(0, "seed of weights, data order and sampling")
-    # imitation before RL, for models that do not know the task or its format
-    warmup_data: str = flag("", "worked solutions to imitate first: problem and solution columns")
+    warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
+                            "imitation before RL, for models that do not know the task")
     warmup_steps: int = flag(0, "optimizer steps of imitation; 0 = none")
     warmup_batch: int = flag(32, "worked solutions a step")
-    warmup_learning_rate: float = flag(1e-5, "AdamW; rises over 20 steps, falls over the last 30%")
-    # the batch: prompts_per_step * group_size responses, one optimizer step per mini-batch
-    steps: int = flag(220, "RL steps: sample, then learn from what was sampled")
+    warmup_learning_rate: float = flag(1e-5, "rises over 20 steps, falls over the last 30%")
+    steps: int = flag(220, "RL steps: sample, then learn from what was sampled", "the batch")
     prompts_per_step: int = flag(512, "B, prompts to learn from in a step")
     group_size: int = flag(8, "G, responses to each prompt")
     prompts_per_minibatch: int = flag(32, "prompts behind one optimizer step")
     microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and "
                                      "speed, not results; 0 = 16384 on a GPU, 2048 on a CPU")
-    resample: int = flag(2, "at most this many more rounds of sampling a step, to replace groups "
+    resample: int = flag(2, "at most this many more rounds of sampling a step, in place of groups "
                             "that are all right or all wrong (dynamic sampling)")
-    # sampling
-    max_prompt_tokens: int = flag(1024, "prompts with more tokens are left out")
+    max_prompt_tokens: int = flag(1024, "longer prompts are left out", "sampling")
     max_response_tokens: int = flag(3072, "responses are cut after this many tokens")
     temperature: float = flag(1.0, "of training: sampling, log-probabilities, entropies")
     top_p: float = flag(0.95, "draw from the fewest tokens with this probability; 1 = from all")
     sampler: str = flag("auto", "loop: ours; engine: transformers' continuous batching; auto: the "
                                 "engine on a GPU", choices=("auto", "loop", "engine"))
-    # credit and loss
+    method: str = flag("eapo", "the rule of credit", "credit and loss", choices=tuple(METHODS))
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
+    quadrants: str = flag("", "learn from these alone, of PHR,PLR,NLR,NHR; empty: from all")
+    without: str = flag("", "quadrants in which the entropy term of (7) is left out")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
     clip_c: float = flag(3.0, "a token with A < 0 loses at most c |A| (Ye et al. 2020); 0 = off")
-    loss_mean: str = flag("tokens", "tokens: mean over the mini-batch, as in verl, which the "
-                                    "authors use; group: over each group, then over groups, as "
-                                    "they print (2)",
+    loss_mean: str = flag("tokens", "(2) as a mean over the tokens of a mini-batch, as in verl, or "
+                                    "over each group, then groups, as printed",
                           choices=("tokens", "group"))
-    overlong_cache: int = flag(0, "DAPO's soft penalty: the reward falls by up to 1 over the last "
-                                  "this many of max_response_tokens; 0 = off")
+    overlong: float = flag(0.0, "DAPO's soft penalty: over this last share of max_response_tokens "
+                                "the reward falls by up to 1; 0 = off")
     learning_rate: float = flag(1e-6, "AdamW, constant")
-    matmuls: str = flag("auto", "precision inside the model; auto: bf16 on a GPU, fp32 on a CPU. "
-                                "Weights and everything after the logits are fp32",
-                        choices=("auto", "fp32", "bf16"))
-    # exams
-    eval_every: int = flag(10, "steps between exams on eval_data; 0 = never")
+    eval_every: int = flag(10, "steps between exams on eval_data; 0 = never", "exams")
     eval_samples: int = flag(4, "responses to each exam problem: the k of Avg@k and Pass@k")
-    eval_problems: int = flag(0, "use only the first so many of each exam; 0 = all")
     eval_temperature: float = flag(0.6, "of sampling in exams")
     eval_top_p: float = flag(0.95, "of sampling in exams")
+    eval_only: bool = flag(False, "sit the exams, write eval.json and responses.jsonl, stop")
+    compare: str = flag("", "RUN,RUN...: draw finished runs in one report.html in --out, stop")
+    matmuls: str = flag("auto", "precision inside the model; auto: bf16 on a GPU, fp32 on a CPU. "
+                                "Weights and everything after the logits are fp32",
+                        "the machine", choices=("auto", "fp32", "bf16"))
+    gpus: int = flag(0, "GPUs of this machine to use; 0 = all")
+    offload: bool = flag(False, "keep weights, gradients and AdamW's moments in host memory")
+    save_every: int = flag(0, "steps between checkpoints; 0 = only on Ctrl-C and SIGTERM")
+    resume: str = flag("", "folder of a run to go on with")
 
     def __post_init__(self):
         need(self.group_size > 1, "a group of one has no mean to beat: use --group-size 2 or more")
@@ -142,19 +161,20 @@ class Config:
         need(0 < self.top_p <= 1 and 0 < self.eval_top_p <= 1,
              "--top-p and --eval-top-p lie above 0, at most 1")
         need(self.temperature > 0, "training samples, so it needs --temperature above 0")
+        need(self.eval_temperature >= 0, "--eval-temperature must be 0 (greedy) or more")
         need(self.clip_c == 0 or self.clip_c > 1 + self.clip_high,
              "--clip-c must lie above 1 + clip_high, outside the clip of (2), or be 0 for off")
-        need(self.resample >= 0, "--resample counts further rounds: 0 or more")
         need(self.warmup_data or not self.warmup_steps, "--warmup-steps needs --warmup-data")
-        need(0 <= self.overlong_cache < self.max_response_tokens,
-             "--overlong-cache must lie from 0 to below --max-response-tokens")
-        need(self.eval_temperature >= 0, "--eval-temperature must be 0 (greedy) or more")
+        need(0 <= self.overlong < 1, "--overlong is a share, from 0 to below 1")
+        for name in {*self.quadrants.split(","), *self.without.split(",")} - {""}:
+            need(name in QUADRANTS, f"there is no quadrant {name}, only {', '.join(QUADRANTS)}")
+        need(not self.without or self.method == "eapo", "--without is for --method eapo")
         for name in ("prompts_per_step", "prompts_per_minibatch", "eval_samples",
                      "max_prompt_tokens", "max_response_tokens", "warmup_batch"):
             need(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
 
 
-PRESETS = {   # a name, or a part of one: what such a model changes
+PRESETS = {     # a name, or a part of one: what such a model changes
     "tiny": dict(train_data="addition", eval_data="addition", warmup_data="addition",
                  warmup_steps=1000, warmup_batch=16, warmup_learning_rate=2e-3, steps=30,
                  prompts_per_step=32, prompts_per_minibatch=8, resample=0, learning_rate=1e-4,
@@ -181,29 +201,51 @@ def reading(source):
 
 
 def parse_args(argv=None):
-    """Config from the command line: what is typed, else the model's preset, else the default."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=". ".join(
-        f"With --model {name} the [defaults] are instead: " + ", ".join(
-            f"{key.replace('_', '-')} {value}" for key, value in preset.items())
-        for name, preset in PRESETS.items()))
+    """Config from the command line: what is typed, else what the method, the model's preset, the
+    default say; of a resumed run, what its config.json says."""
+    changes = "; ".join(f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in x.items())
+                        for name, x in (PRESETS | METHODS).items() if x)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [flags]",
+                                     epilog=f"Other [defaults] with these models, methods: {changes}")
     for f in fields(Config):
-        text = f.metadata["help"].replace("%", "%%") + f"  [{f.default}]"
-        choices = f.metadata.get("choices")
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=choices,
-                            metavar=None if choices else f.type.__name__.upper(),
-                            default=argparse.SUPPRESS, help=text)
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        how = {"action": "store_true"} if f.type is bool else {
+            "type": f.type, "choices": f.metadata.get("choices"),
+            "metavar": None if "choices" in f.metadata else f.type.__name__.upper()}
+        shown = "" if f.type is bool or f.default == "" else f"  [{f.default}]"
+        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                           help=f.metadata["help"].replace("%", "%%") + shown, **how)
     typed = vars(parser.parse_args(argv))
+    if "resume" in typed:
+        return resumed(typed)
     model = typed.get("model", "tiny")
     preset = next((p for name, p in PRESETS.items()
                    if name == model or name != "tiny" and name in model), {})
-    return Config(**{**preset, **typed})
+    return Config(**{**preset, **METHODS[typed.get("method", "eapo")], **typed})
 
 
-# --------------------------------------------------------------------------------------------------
+MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens"}
+
+
+def resumed(typed):
+    """The Config of the run in the folder typed as --resume."""
+    folder = typed["resume"]
+    path = os.path.join(folder, "config.json")
+    need(os.path.isfile(path), f"{path}: no such file; --resume takes the folder of a run")
+    with open(path) as f:
+        before = {k: v for k, v in json.load(f).items() if k != "versions"} | {"out": folder}
+    other = [f"--{k.replace('_', '-')} {v} (was {before[k]})" for k, v in typed.items()
+             if k not in MAY_CHANGE and v != before[k]]
+    need(not other, f"{folder} ran with other settings: {', '.join(other)}; leave them out, or "
+                    "start a new run")
+    return Config(**before | typed)
+
+
 # Part 2. The algorithm: tensors in, tensors out, no model and no Config. This is what the file is
 # for; the parts below only feed it. Functions that take group_size need whole groups; the loss is
-# a sum over tokens, so a batch may be cut anywhere for it. To try a credit rule of your own, write
-# a function like `entropy_aware_advantages` and call it in `train` in its place.
+# a sum over tokens, so a batch may be cut anywhere for it. EAPO comes first, then the rules that
+# the paper compares it with; `give_credit` (7) chooses. Write yours like `entropy_aware_advantages`.
 # --------------------------------------------------------------------------------------------------
 
 def token_entropy(logits):
@@ -310,17 +352,78 @@ def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
 
 
 def token_weights(mask, group_size, loss_mean):
-    """What each token of a mini-batch counts in (2): weights that sum to 1, 0 outside the mask.
+    """How much each token counts in (2), before the sum of all weights is divided by: (N, T).
 
-    "tokens": 1 / all tokens, so that a token weighs the same in any response (DAPO and verl).
-    "group": 1 / (groups * tokens of its group), which is how the paper prints (2): a mean per
-    prompt, then over prompts. Both are fixed before the mini-batch is cut into micro-batches, so
-    the cut cannot change the gradient.
+    "tokens": 1, so that a token weighs the same in any response (DAPO and verl). "group": 1 over
+    the tokens of its group, which is how the paper prints (2): a mean per prompt, then over
+    prompts. `learn` divides by the sum over the whole mini-batch before it is cut into
+    micro-batches or spread over GPUs, so that neither can change the gradient.
     """
     if loss_mean == "tokens":
-        return mask / mask.sum()
-    tokens = mask.view(-1, group_size * mask.shape[1]).sum(1)                 # (B,)
-    return mask / (len(tokens) * tokens.repeat_interleave(group_size))[:, None]
+        return mask.float()
+    tokens = mask.sum(1).view(-1, group_size).sum(1)                          # (B,)
+    return mask / tokens.repeat_interleave(group_size)[:, None]
+
+
+# The rules that the paper compares EAPO with (appendix B.4), in the same terms. GRPO is A on every
+# token; DAPO adds dynamic sampling and the soft overlong penalty, see METHODS; EntroReg adds
+# - beta mean(H) to the loss, see `learn`. "All tokens" are the response tokens of a step, on all
+# GPUs: a threshold is set once a step, and what it leaves out stays in the denominator of (2).
+
+ENTROPY_BONUS = 0.001   # beta of EntroReg; the paper names none
+
+
+def threshold(x, share):
+    """The smallest of the highest `share` of x, (M,) -> scalar: where forking and KL-Cov cut."""
+    return x.topk(max(1, round(share * len(x)))).values[-1]
+
+
+def forking(A, H, mask, tau):
+    """A where H >= tau, else 0; tau cuts off the top 20% of all tokens by entropy (Wang et al.
+    2025): learning at the forks alone. (N,), (N, T), (N, T), scalar -> (N, T)"""
+    return A[:, None] * (H >= tau) * mask
+
+
+def entropy_advantages(A, H, mask, a=0.4, k=2.0):
+    """A + min(a H, |A| / k), no gradient through H (EntroAdv; Cheng et al. 2025): uncertain tokens
+    gain in right responses and are blamed less in wrong ones. (N,), (N, T), (N, T) -> (N, T)"""
+    return (A[:, None] + torch.minimum(a * H.detach(), A.abs()[:, None] / k)) * mask
+
+
+def weighted_reinforce(A, mask, weight=0.1):
+    """A of right responses times 0.1, of wrong ones as it is (W-REINF; Zhu et al. 2025).
+    (N,), (N, T) -> (N, T)"""
+    return torch.where(A > 0, weight * A, A)[:, None] * mask
+
+
+def covariances(A, logp, mask, mean_A, mean_logp):
+    """(logp - mean logp) (A - mean A), the means over all tokens (Cui et al. 2025): (N, T).
+
+    Where it is highest, entropy falls fastest. KL-Cov adds |log rho| to the loss of the highest
+    0.2% of all tokens (the authors' share for 7B), and does not clip.
+    """
+    return (logp - mean_logp) * (A[:, None] - mean_A) * mask
+
+
+def entropy_histogram(H, right, mask, bins=32, width=0.125):
+    """Tokens of wrong (row 0) and right (row 1) responses by entropy: (2, bins) counts, each bin
+    `width` nats wide, the last one open. (N, T), (N,), (N, T) -> (2, bins)"""
+    cell = (H / width).long().clamp(0, bins - 1) + bins * right[:, None]
+    return torch.bincount(cell[mask], minlength=2 * bins).view(2, bins)
+
+
+def proxy_information(counts):
+    """(14)  Ihat(H; r) = H(H) - H(H | r) in nats, from an `entropy_histogram` (2, bins).
+
+    The mutual information of a token's entropy and its response's verdict: 0 if right and wrong
+    responses have the same histogram. Counting alone gives about bins / (2 tokens) too much.
+    """
+    def nats(x):
+        p = x[x > 0] / x.sum()
+        return float(-(p * p.log()).sum())
+    counts = counts.double()
+    return nats(counts.sum(0)) - sum(float(row.sum() / counts.sum()) * nats(row)
+                                     for row in counts if row.sum())
 
 
 def pass_at_k(n, c, k):
@@ -696,22 +799,25 @@ def addition(split, warmup=20800, train=8192, exam=128):
     return [Problem(f"{a:04}+{b:04}=", str(a + b), pupil(a, b, rng)) for a, b in part[split]]
 
 
+def read_jsonl(source):
+    """The objects of a .jsonl file, one a line; blank lines are skipped."""
+    rows = []
+    with reading(source), open(source, encoding="utf-8") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as e:
+                raise SystemExit(f"eapo: {source}, line {n}: not JSON: {e}") from e
+            need(isinstance(row, dict), f"{source}, line {n}: not a JSON object")
+            rows += [row] if row else []
+    return rows
+
+
 def read_rows(source, split):
     """The rows of a .jsonl, .csv or .parquet file, or of a hub data set `id[:split]`, as dicts."""
     kind = source.rpartition(".")[2].lower()
     if kind in ("jsonl", "json"):
-        rows = []
-        need(os.path.isfile(source), f"{source}: no such file")
-        with open(source, encoding="utf-8") as f:
-            lines = list(f)
-        for n, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as e:
-                raise SystemExit(f"eapo: {source}, line {n}: not JSON: {e}") from e
-            need(row is None or isinstance(row, dict), f"{source}, line {n}: not a JSON object")
-            rows += [row] if row else []
-        return rows
+        return read_jsonl(source)
     if kind in ("csv", "parquet"):
         need(os.path.isfile(source), f"{source}: no such file")
         with reading(source):
@@ -719,12 +825,9 @@ def read_rows(source, split):
     name, _, wanted = source.partition(":")
     with reading(source):
         parts = datasets.get_dataset_split_names(name)
-    order = [wanted] if wanted else parts if len(parts) == 1 else ["train"]
-    if split == "exam" and not wanted:
-        order = [*parts[:len(parts) == 1], "test", "train"]
-    part = next((p for p in order if p in parts), None)
-    need(part, f"{source} has the splits {', '.join(parts)}: name one as {name}:{parts[0]}")
-    with reading(source):
+        order = [*parts[:len(parts) == 1], *["test"] * (split == "exam"), "train"]
+        part = next((p for p in ([wanted] if wanted else order) if p in parts), None)
+        need(part, f"{source} has the splits {', '.join(parts)}: name one as {name}:{parts[0]}")
         return list(datasets.load_dataset(name, split=part))
 
 
@@ -793,13 +896,14 @@ class Stream:
         self.problems, self.seed, self.position = problems, seed, 0
 
     def take(self, n):
-        """The next n problems."""
+        """The next n problems, each with its number in the stream."""
         size, taken = len(self.problems), []
         while len(taken) < n:
             epoch, start = divmod(self.position, size)
             order = random.Random(f"{self.seed}/{epoch}").sample(self.problems, size)
             piece = order[start:start + n - len(taken)]
-            taken, self.position = taken + piece, self.position + len(piece)
+            taken += enumerate(piece, self.position)
+            self.position += len(piece)
         return taken
 
 
@@ -813,9 +917,10 @@ def load_data(cfg, tokenizer):
         for ending in (".jsonl", ".json", ".csv", ".parquet"):
             name = name.removesuffix(ending)
         need(name not in exams, f"--eval-data has two sets {name}: metrics could not tell which")
-        exams[name] = get(source, "exam")[:cfg.eval_problems or None]
-    solutions = get(cfg.warmup_data, "warmup") if cfg.warmup_data and cfg.warmup_steps else []
-    return Stream(get(cfg.train_data, "train"), cfg.seed), exams, solutions
+        exams[name] = get(source, "exam")
+    learn = not cfg.eval_only
+    solutions = get(cfg.warmup_data, "warmup") if cfg.warmup_steps and learn else []
+    return Stream(get(cfg.train_data, "train") if learn else [], cfg.seed), exams, solutions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -839,6 +944,8 @@ class Batch:
     right: torch.Tensor = None  # (N,)   the verifier's verdict
     reward: torch.Tensor = None  # (N,)  r
     A: torch.Tensor = None      # (N, T) A^CA, zero outside the mask
+    quadrant: torch.Tensor = None  # (N, T) 1 to 4, 0 outside the mask
+    penalty: torch.Tensor = None   # (N, T) KL-Cov: True where |log rho| is added to the loss
 
     @property
     def mask(self):
@@ -850,8 +957,7 @@ class Batch:
         """The Batch of rows i, in that order, cut to its own longest prompt + response."""
         L, T = (max(x[i].tolist(), default=0)
                 for x in (self.prompt_len + self.response_len, self.response_len))
-        width = {"ids": L, "logp": T, "H": T, "A": T}
-        cut = lambda name, x: x[i][:, :width[name]] if name in width else x[i]
+        cut = lambda name, x: x[i] if x.dim() == 1 else x[i][:, :L if name == "ids" else T]
         return Batch(**{f.name: cut(f.name, x) for f in fields(self)
                         if (x := getattr(self, f.name)) is not None})
 
@@ -864,7 +970,9 @@ class Batch:
 def pack(prompts, responses, device):
     """Lists of token ids, one pair a row -> a Batch with ids and lengths."""
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids = torch.zeros(0, 0, dtype=torch.long)
+    if rows:
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     length = lambda lists: torch.tensor([len(x) for x in lists], device=device)
     return Batch(ids.to(device), length(prompts), length(responses))
 
@@ -893,17 +1001,29 @@ def log_prob_and_entropy(logits, tokens, temperature):
     return logp, token_entropy(logits)
 
 
-def draw(logits, temperature, top_p):
-    """One token from each row: (rows, V) -> (rows,). temperature 0 takes the likeliest; top_p < 1
-    draws from the fewest tokens that hold that much probability, always at least one."""
+def dice(seeds, n, T):
+    """n rows of T uniform numbers in [0, 1) for each seed: (len(seeds) * n, T).
+
+    Every token is drawn by a number that depends on its prompt's seed, row and place alone: the
+    same responses come out on one GPU or eight, and from a run that was resumed.
+    """
+    rows = [torch.rand(n, T, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.cat(rows)
+
+
+def draw(logits, u, temperature, top_p):
+    """One token a row: (rows, V), (rows,) in [0, 1) -> (rows,). It is the token on whose stretch
+    u falls when all are laid end to end, each as long as its probability. Temperature 0 takes the
+    likeliest; top_p < 1 lays out the fewest tokens that hold that much, always at least one."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
+    p, token = (logits.float() / temperature).softmax(-1), None
     if top_p < 1:
-        likeliest, token = p.sort(-1, descending=True)
-        before = likeliest.cumsum(-1) - likeliest        # probability of all likelier tokens
-        p = torch.zeros_like(p).scatter(-1, token, torch.where(before < top_p, likeliest, 0))
-    return torch.multinomial(p, 1)[:, 0]
+        p, token = p.sort(-1, descending=True)
+        p = torch.where(p.cumsum(-1) - p < top_p, p, 0)      # less than top_p is likelier
+    ends = p.double().cumsum(-1)                                                       # (rows, V)
+    at = torch.searchsorted(ends, u[:, None] * ends[:, -1:], right=True)               # (rows, 1)
+    return (at if token is None else token.gather(-1, at))[:, 0]
 
 
 class RoomyLayer(transformers.cache_utils.DynamicLayer):
@@ -926,7 +1046,7 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
 
 
 @torch.no_grad()
-def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids):
+def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
     """G responses to each prompt: decoding, written out.
 
     Each prompt is read once and its KV cache repeated G times. Then one token at a time for all
@@ -945,14 +1065,14 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
              past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(group_size)
     logits, seen = (x.repeat_interleave(group_size, 0) for x in (out.logits[:, -1], seen))
-    N = len(logits)
+    N, u = len(logits), dice(seeds, group_size, max_tokens).to(device)                 # (N, max)
     tokens = torch.zeros(N, max_tokens, dtype=torch.long, device=device)
     logp, H = torch.zeros(2, N, max_tokens, device=device)
     length, ended = torch.zeros(2, N, dtype=torch.long, device=device)
     row, stop = torch.arange(N, device=device), torch.tensor(stop_ids, device=device)
     writes = torch.ones(N, dtype=torch.bool, device=device)                            # (rows,)
     for t in range(max_tokens):
-        token = draw(logits, temperature, top_p)                                       # (rows,)
+        token = draw(logits, u[row, t], temperature, top_p)                            # (rows,)
         tokens[row, t], length[row[writes]] = token, t + 1
         logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
         done = torch.isin(token, stop)
@@ -975,10 +1095,10 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     return replace(batch, logp=logp, H=H, ended=ended.bool())
 
 
-def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids):
+def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
     """The same by transformers' continuous batching: a paged KV cache in which a group shares the
     blocks of its prompt, and finished rows make room for waiting ones. For GPUs. -> Batch without
-    logp and H: `rescore` adds them."""
+    H; `rescore` adds it, and puts pi_old in the place of the engine's own logp."""
     greedy = temperature == 0       # the engine forks a prompt into a group only to sample
     how = dict(do_sample=False) if greedy else dict(
         do_sample=True, temperature=temperature, top_p=top_p, top_k=0,
@@ -986,7 +1106,9 @@ def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_
     config = GenerationConfig(max_new_tokens=max_tokens, eos_token_id=stop_ids,
                               pad_token_id=stop_ids[0], **how)
     asked = [p for p in prompts for _ in range(group_size if greedy else 1)]
-    outputs = list(lm.generate_batch(inputs=asked, generation_config=config).values())
+    outputs = list(lm.generate_batch(
+        inputs=asked, generation_config=config, continuous_batching_config=
+        transformers.ContinuousBatchingConfig(return_logprobs=True, seed=seeds[0])).values())
     rows = [p for p in prompts for _ in range(group_size)]
     failed = [o.error for o in outputs if o.error]
     need([o.prompt_ids for o in outputs] == rows and not failed,
@@ -995,7 +1117,9 @@ def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_
     responses = [o.generated_tokens for o in outputs]
     batch = pack(rows, responses, lm.device)
     ended = torch.tensor([r[-1] in stop_ids for r in responses], device=lm.device)
-    return replace(batch, ended=ended)
+    logp = torch.nn.utils.rnn.pad_sequence([torch.tensor(o.logprobs) for o in outputs],
+                                           batch_first=True).to(lm.device)
+    return replace(batch, ended=ended, logp=logp)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1024,24 +1148,25 @@ def chunked_log_prob_and_entropy(hidden, head, tokens, temperature):
 class Policy(torch.nn.Module):
     """pi_theta: a transformers causal LM whose forward returns what RL needs instead of logits."""
 
-    def __init__(self, lm, bf16):
+    def __init__(self, lm):
         super().__init__()
-        self.lm, self.bf16 = lm, bf16
+        self.lm = lm
 
     def forward(self, batch, temperature):
         """logp and H of every response token under the current weights: (N, T), (N, T), 0 outside.
 
         The hidden state at position p predicts token p + 1, so response token t, which stands at
         prompt_len + t, is predicted one to its left. Padding is on the right, where a causal model
-        cannot see it from any real token, so no attention mask is needed.
+        cannot see it from any real token, so no attention mask is needed. A batch without rows
+        runs through the model too: on several GPUs all must run as often as the busiest.
         """
         ids, mask = batch.ids, batch.mask
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            row, t = mask.nonzero(as_tuple=True)                                       # (M,) both
-            at = batch.prompt_len[row] + t                                             # (M,)
-            logp, H = chunked_log_prob_and_entropy(
-                hidden[row, at - 1], self.lm.get_output_embeddings(), ids[row, at], temperature)
+        hidden = self.lm.get_decoder()(input_ids=ids if len(ids) else ids.new_zeros(1, 1),
+                                       use_cache=False).last_hidden_state              # (N, L, D)
+        row, t = mask.nonzero(as_tuple=True)                                           # (M,) both
+        at = batch.prompt_len[row] + t                                                 # (M,)
+        logp, H = chunked_log_prob_and_entropy(
+            hidden[row, at - 1], self.lm.get_output_embeddings(), ids[row, at], temperature)
         place = lambda x: torch.zeros(mask.shape, device=ids.device).index_put((row, t), x)
         return place(logp), place(H)
 
@@ -1078,17 +1203,24 @@ def tiny_model(seed):
 class Run:
     """What every phase of a run shares."""
     cfg: Config
+    world: object               # the processes of the run, part 8
     policy: Policy
     tokenizer: object
     stop_ids: list              # a response ends with one of these, the tokenizer's own first
-    sampling_lm: object         # the model to sample from, see refresh
+    sampler: object             # the model to sample from: a copy of the policy, or itself
+    fresh: bool = False         # whether the copy holds today's weights
+    gap: float = 0.0            # mean |log pi_sampler - log pi_old| of the last rollout, nats
     seconds: dict = field(default_factory=dict)     # of this step, by phase
 
     @contextlib.contextmanager
     def timed(self, phase):
-        """Add the time of a with-block to seconds[phase]."""
+        """Add the time of a with-block to seconds[phase]; name the phase if it fails."""
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except RuntimeError as e:
+            e.add_note(f"eapo: this happened on rank {self.world.rank}, in the phase {phase}")
+            raise
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def start_step(self):
@@ -1096,13 +1228,32 @@ class Run:
         self.seconds = dict.fromkeys(("sample", "score", "update"), 0.0)
         return time.perf_counter()
 
-    def refresh(self):
-        """Bring the sampling model up to date: a bf16 copy; or, in fp32, the policy itself."""
-        if self.sampling_lm is not self.policy.lm:
-            self.sampling_lm.load_state_dict(self.policy.lm.state_dict())
+    def clocks(self, start, metrics):
+        """The metrics of time and memory, for the step that began at start."""
+        seconds, cuda = time.perf_counter() - start, self.world.device.type == "cuda"
+        m = dict(seconds=seconds, **{f"seconds_{phase}": x for phase, x in self.seconds.items()},
+                 tokens_per_second=metrics["response_tokens"] / seconds)
+        return {key: round(x, 6) for key, x in m.items()} | {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0}
+
+    @torch.no_grad()
+    def fill_sampler(self):
+        """The sampler with the weights of the policy, gathered from all GPUs in its precision."""
+        if self.sampler is not self.policy.lm and not self.fresh:
+            for mine, theirs in zip(self.sampler.parameters(), self.policy.lm.parameters()):
+                mine.data = self.world.whole(theirs).to(self.sampler.device, mine.dtype, copy=True)
+        self.fresh = True
+        return self.sampler
+
+    def empty_sampler(self):
+        """Free the copy's weights: the update needs the room, and will outdate them."""
+        if self.sampler is not self.policy.lm:
+            for p in self.sampler.parameters():
+                p.data = p.data.new_empty(0)
+        self.fresh = False
 
 
-def load(cfg):
+def load(cfg, world):
     """The policy with fp32 weights, its tokenizer, the ids that end a response: a Run."""
     if cfg.model == "tiny":
         lm, tokenizer = tiny_model(cfg.seed)
@@ -1114,36 +1265,40 @@ def load(cfg):
     ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
     stop_ids = [x for x in dict.fromkeys(ends) if x is not None]
     need(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
-    lm = lm.to("cuda" if torch.cuda.is_available() else "cpu").eval()     # eval: dropout off
+    lm = lm.eval()                                                        # dropout off
     with torch.no_grad():
-        probe = torch.tensor([stop_ids[:1] * 2], device=lm.device)
+        probe = torch.tensor([stop_ids[:1] * 2])
         hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
         same = torch.allclose(lm.get_output_embeddings()(hidden), lm(probe).logits, atol=1e-3)
     need(same, f"{cfg.model} changes its logits after the output head (a soft cap or a scale); "
                "put the same after head(h) in chunked_log_prob_and_entropy to train it")
-    bf16 = cfg.matmuls == "bf16" or cfg.matmuls == "auto" and lm.device.type == "cuda"
-    sampler = lm if not bf16 else AutoModelForCausalLM.from_config(
-        lm.config, dtype=torch.bfloat16).to(lm.device).eval()
-    run = Run(cfg, Policy(lm, bf16), tokenizer, stop_ids, sampler)
-    run.refresh()
-    return run
+    sampler = lm
+    if world.size > 1 or world.bf16:
+        with world.device:
+            sampler = AutoModelForCausalLM.from_config(
+                lm.config, dtype=torch.bfloat16 if world.bf16 else torch.float32).eval()
+    policy = world.shard(Policy(lm), cfg.offload)
+    return Run(cfg, world, policy, tokenizer, stop_ids, sampler)
 
 
-def micro_batches(batch, cfg):
+def micro_batches(run, batch):
     """Row indices cut so that rows * longest row <= microbatch_tokens, or one row where that alone
-    is longer. Longest rows first, so that neighbours are alike and little is padding."""
-    lengths, tokens = batch.prompt_len + batch.response_len, cfg.microbatch_tokens
-    tokens = tokens or (16384 if batch.ids.is_cuda else 2048)
-    order = lengths.argsort(descending=True, stable=True)
+    is longer. Longest rows first, so that neighbours are alike and little is padding. The same
+    number on every GPU: who has less to do gets empty ones."""
+    lengths, tokens = batch.prompt_len + batch.response_len, run.cfg.microbatch_tokens
+    tokens = tokens or (16384 if run.world.device.type == "cuda" else 2048)
+    order, cuts = lengths.argsort(descending=True, stable=True), []
     while len(order):
         n = max(1, tokens // int(lengths[order[0]]))
-        yield order[:n]
+        cuts.append(order[:n])
         order = order[n:]
+    return cuts + [order] * (max(run.world.gather(len(cuts))) - len(cuts))
 
 
-def optimizer_step(policy, optimizer, what):
+def optimizer_step(run, optimizer, what):
     """Clip the gradient, step, forget the gradient. -> gradient norm before the clip."""
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0)
+    norm = float(run.world.whole(norm))
     need(math.isfinite(norm), f"the gradient of {what} is {norm}: nothing was changed by it; "
                               "look at the learning rate and the last lines of metrics.jsonl")
     optimizer.step()
@@ -1154,21 +1309,29 @@ def optimizer_step(policy, optimizer, what):
 def learn(run, optimizer, mini, what):
     """One optimizer step on L (2) over a mini-batch, in micro-batches that fit in memory.
 
-    -> loss, gradient norm, and how many tokens had their gradient stopped by a clip of (2).
+    -> this process' part of the loss, the gradient norm, how many tokens had their gradient
+    stopped by a clip of (2), and the change of H since sampling, summed by quadrant, (5,).
     """
-    cfg, loss, clipped = run.cfg, 0.0, 0
+    cfg, world, loss, clipped, drift = run.cfg, run.world, 0.0, 0, torch.zeros(5)
     clips = cfg.clip_low, cfg.clip_high, cfg.clip_c
-    weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)          # (N, T), sums to 1
-    for i in micro_batches(mini, cfg):
+    weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)          # (N, T)
+    weight = weight / sum(world.gather(float(weight.sum())))                  # sum to 1 in all
+    for i in micro_batches(run, mini):
         micro = mini.rows(i)
         w = weight[i][:, :micro.A.shape[1]]                                   # (n, T)
-        logp, _ = run.policy(micro, cfg.temperature)                          # (n, T)
+        logp, H = run.policy(micro, cfg.temperature)                          # (n, T)
         part = policy_loss(logp, micro.logp, micro.A, w, *clips)              # (2)
-        part.backward()
-        rho = (logp.detach() - micro.logp).exp()
-        clipped += int(((surrogate(rho, micro.A, *clips) != rho * micro.A) & micro.mask).sum())
-        loss += float(part.detach())
-    return loss, optimizer_step(run.policy, optimizer, what), clipped
+        if cfg.method == "entroreg":
+            part = part - ENTROPY_BONUS * (H * w).sum()
+        if cfg.method == "kl-cov":
+            part = part + ((logp - micro.logp).abs() * micro.penalty * w).sum()
+        (part * world.size).backward()      # FSDP will average over GPUs what is to be summed
+        with torch.no_grad():
+            rho, m = (logp - micro.logp).exp(), micro.mask
+            clipped += int(((surrogate(rho, micro.A, *clips) != rho * micro.A) & m).sum())
+            drift += torch.bincount(micro.quadrant[m], (H - micro.H)[m].double(), 5).cpu()
+            loss += float(part)
+    return loss, optimizer_step(run, optimizer, what), clipped, drift
 
 
 def imitate(run, problems):
@@ -1177,107 +1340,151 @@ def imitate(run, problems):
     RL can only reinforce what the model already tries now and then. The loss is - mean log p over
     the tokens of the solutions and their stop tokens: (2) with log p in the place of rho A.
     """
-    cfg, stream = run.cfg, Stream(problems, run.cfg.seed)
+    cfg, world, stream = run.cfg, run.world, Stream(problems, run.cfg.seed)
     optimizer = torch.optim.AdamW(run.policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    steps = range(cfg.warmup_steps if problems else 0)
     marked = [is_correct(p.solution, p.answer) for p in problems[:1000] if p.answer]
     if marked:
-        print(f"warm-up: {len(problems)} worked solutions, {sum(marked) / len(marked):.0%} of them "
-              "right; once it has converged the base model solves about as many")
-    with tqdm(steps, desc="warm-up", unit="step", disable=not steps) as bar:
+        world.print(f"warm-up: {len(problems)} worked solutions, {sum(marked) / len(marked):.0%} of "
+                    "them right; once it has converged the base model solves about as many")
+    with world.bar(range(cfg.warmup_steps), "warm-up") as bar:
         for step in bar:
             left = 1 - step / cfg.warmup_steps
             rate = cfg.warmup_learning_rate * min(1.0, (step + 1) / 20, left / 0.3)
             optimizer.param_groups[0]["lr"] = rate
-            taken = stream.take(cfg.warmup_batch)
-            texts = [p.solution for p in taken]
+            mine = world.share([p for _, p in stream.take(cfg.warmup_batch)])
+            texts = [p.solution for p in mine]
             solutions = run.tokenizer(texts, add_special_tokens=False).input_ids
             responses = [(x + run.stop_ids[:1])[:cfg.max_response_tokens] for x in solutions]
-            batch = pack([p.ids for p in taken], responses, run.policy.lm.device)
-            tokens, loss = int(batch.response_len.sum()), 0.0
-            for i in micro_batches(batch, cfg):
+            batch = pack([p.ids for p in mine], responses, world.device)
+            tokens, loss = sum(world.gather(int(batch.response_len.sum()))), 0.0
+            for i in micro_batches(run, batch):
                 logp, _ = run.policy(batch.rows(i), 1.0)
                 part = -logp.sum() / tokens
-                part.backward()
+                (part * world.size).backward()
                 loss += float(part.detach())
-            optimizer_step(run.policy, optimizer, f"warm-up step {step + 1}")
-            bar.set_postfix_str(f"loss {loss:.3f} nats a token", refresh=False)
-    run.refresh()
+            optimizer_step(run, optimizer, f"warm-up step {step + 1}")
+            bar.set_postfix_str(f"loss {sum(world.gather(loss)):.3f} nats a token", refresh=False)
+            if world.asked_to_stop():
+                break
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 7. Try, mark, and the exam.
+# Part 7. Try, mark, compare; and the exam. On several GPUs each process works on its share of the
+# problems, and what must be known of all of them goes through `world.gather`.
 # --------------------------------------------------------------------------------------------------
 
 ROWS = 512      # responses that the loop decodes at a time
 
 
-def attempt(run, problems, n, temperature, top_p):
-    """n responses to each problem, marked: a Batch with `right`, and `reward` +1 or -1."""
-    cfg, lm = run.cfg, run.sampling_lm
+def attempt(run, numbered, what, n, temperature, top_p):
+    """n responses to each of this process' share of (number, problem) pairs, marked: a Batch with
+    `right`, and `reward` +1 or -1. The dice depend on the seed, on `what` and on the number."""
+    cfg, lm, mine = run.cfg, run.fill_sampler(), run.world.share(numbered)
     engine = cfg.sampler == "engine" or cfg.sampler == "auto" and lm.device.type == "cuda"
-    sample, B = (sample_engine, len(problems)) if engine else (sample_loop, max(1, ROWS // n))
+    sample, B = (sample_engine, len(mine)) if engine else (sample_loop, max(1, ROWS // n))
+    seeds = [crc32(f"{cfg.seed} {what} {number}".encode()) for number, _ in mine]
+    prompts = [p.ids for _, p in mine]
     with run.timed("sample"):
-        blocks = tqdm(range(0, len(problems), B), desc="sampling", leave=False,
-                      disable=len(problems) <= 4 * B)
-        batch = join([sample(lm, [p.ids for p in problems[i:i + B]], n, cfg.max_response_tokens,
-                             temperature, top_p, run.stop_ids) for i in blocks])
-    if batch.H is None or lm is not run.policy.lm:
-        rescore(run, batch, temperature)
-    texts = run.tokenizer.batch_decode([batch.response(i) for i in range(len(batch.ids))],
-                                       skip_special_tokens=True)
-    right = [is_correct(text, problems[i // n].answer) for i, text in enumerate(texts)]
-    batch.right = torch.tensor(right, device=lm.device)
+        none = replace(pack([], [], lm.device), logp=torch.zeros(0, 0), H=torch.zeros(0, 0))
+        batches = [sample(lm, prompts[i:i + B], n, cfg.max_response_tokens, temperature, top_p,
+                          run.stop_ids, seeds[i:i + B])
+                   for i in run.world.bar(range(0, len(mine), B or 1), "sampling", 5, leave=False)]
+        batch = join(batches) if batches else replace(none, ended=none.prompt_len.bool())
+    if engine or run.world.bf16:
+        run.gap = rescore(run, batch, temperature)
+    right = [is_correct(text, mine[i // n][1].answer) for i, text in enumerate(decode(run, batch))]
+    batch.right = torch.tensor(right, dtype=torch.bool, device=lm.device)
     batch.reward = torch.where(batch.right, 1.0, -1.0)
-    if cfg.overlong_cache:      # DAPO's soft penalty, 0 to -1 over the last overlong_cache tokens
-        over = batch.response_len - (cfg.max_response_tokens - cfg.overlong_cache)
-        batch.reward -= (over / cfg.overlong_cache).clamp(0, 1)
+    if cfg.overlong:            # DAPO's soft penalty, 0 to -1 over the last share of the tokens
+        cache = cfg.overlong * cfg.max_response_tokens
+        batch.reward -= (1 - (cfg.max_response_tokens - batch.response_len) / cache).clamp(0, 1)
     return batch
+
+
+def decode(run, batch):
+    """The responses as texts, without stop tokens and the like."""
+    return run.tokenizer.batch_decode([batch.response(i) for i in range(len(batch.ids))],
+                                      skip_special_tokens=True)
 
 
 @torch.no_grad()
 def rescore(run, batch, temperature):
     """logp and H of a batch by the policy itself, where another model sampled: a bf16 copy, or an
-    engine with kernels of its own, would put its rounding errors into rho."""
+    engine with kernels of its own, would put its rounding errors into rho. -> how far the two are
+    apart, the mean of |log pi_sampler - log pi_old| in nats."""
     with run.timed("score"):
-        batch.logp, batch.H = torch.zeros(2, *batch.mask.shape, device=batch.ids.device)
-        for i in micro_batches(batch, run.cfg):
-            for mine, theirs in zip((batch.logp, batch.H), run.policy(batch.rows(i), temperature)):
-                mine[i, :theirs.shape[1]] = theirs
+        theirs, mask = batch.logp, batch.mask
+        batch.logp, batch.H = torch.zeros(2, *mask.shape, device=batch.ids.device)
+        for i in micro_batches(run, batch):
+            for mine, new in zip((batch.logp, batch.H), run.policy(batch.rows(i), temperature)):
+                mine[i, :new.shape[1]] = new
+    return float((theirs - batch.logp)[mask].abs().sum()) / max(1, int(mask.sum()))
 
 
 def roll_out(run, stream):
     """Try and mark, until prompts_per_step groups can teach something or the rounds are used up.
 
     A group with equal rewards has A = 0 for all its tokens: it is dropped, and other problems are
-    tried in its place (dynamic sampling). -> the Batch of all that was tried, and which of its rows
-    to learn from, (n,).
+    tried in its place (dynamic sampling). -> the Batch of all that this process tried, and for each
+    of its groups (number, problem), the number being None where there is nothing to learn.
     """
-    cfg, tried, missing = run.cfg, [], run.cfg.prompts_per_step
+    cfg, tried, groups, missing = run.cfg, [], [], run.cfg.prompts_per_step
     for _ in range(1 + cfg.resample):
-        batch = attempt(run, stream.take(missing), cfg.group_size, cfg.temperature, cfg.top_p)
+        numbered = stream.take(missing)
+        batch = attempt(run, numbered, "train", cfg.group_size, cfg.temperature, cfg.top_p)
+        r = batch.reward.view(-1, cfg.group_size)
+        mixed = (r.amax(1) != r.amin(1)).tolist()
+        groups += [(number if m else None, problem)
+                   for (number, problem), m in zip(run.world.share(numbered), mixed)]
         tried.append(batch)
-        missing -= int(mixed_groups(batch, cfg).sum())
+        missing -= sum(run.world.gather(sum(mixed)))
         if missing == 0:
             break
-    batch = join(tried)
-    return batch, mixed_groups(batch, cfg).repeat_interleave(cfg.group_size).nonzero()[:, 0]
+    return join(tried), groups
 
 
-def mixed_groups(batch, cfg):
-    """Which groups hold different rewards: (N,) -> (B,) bool."""
-    r = batch.reward.view(-1, cfg.group_size)
-    return r.max(1).values != r.min(1).values
+def give_credit(run, batch):
+    """Set batch.A and batch.quadrant: what each token is to be reinforced by, under cfg.method."""
+    cfg, H, mask, G = run.cfg, batch.H, batch.mask, run.cfg.group_size
+    every = lambda x: torch.cat([part.to(H.device) for part in run.world.gather(x.cpu())])
+    A = group_advantages(batch.reward, G)                                               # (1)
+    batch.quadrant = q = quadrants(batch.reward, H, mask, G)
+    if cfg.method == "forking":
+        batch.A = forking(A, H, mask, threshold(every(H[mask]), 0.2))
+    elif cfg.method == "entroadv":
+        batch.A = entropy_advantages(A, H, mask)
+    elif cfg.method == "w-reinforce":
+        batch.A = weighted_reinforce(A, mask)
+    elif cfg.method == "eapo":
+        batch.A = entropy_aware_advantages(A, H, mask, G, cfg.alpha, cfg.phi)           # (7)
+    else:
+        batch.A = A[:, None] * mask
+    if cfg.method == "kl-cov":
+        means = every((A[:, None] * mask)[mask]).mean(), every(batch.logp[mask]).mean()
+        cov = covariances(A, batch.logp, mask, *means)
+        batch.penalty = mask & (cov >= threshold(every(cov[mask]), 0.002))
+    within = lambda names: sum(q == k for k, name in enumerate(QUADRANTS, 1)
+                               if name in names.split(",")) > 0
+    if cfg.without:
+        batch.A = torch.where(within(cfg.without), A[:, None], batch.A)
+    if cfg.quadrants:
+        batch.A = batch.A * within(cfg.quadrants)
 
 
-def mini_batches(batch, cfg):
-    """The batch in a random order of groups, cut evenly into about prompts_per_minibatch each."""
-    groups = len(batch.ids) // cfg.group_size
-    rows = torch.arange(len(batch.ids), device=batch.ids.device).view(groups, cfg.group_size)
-    parts = -(-groups // cfg.prompts_per_minibatch)     # rounded up; 0 if no group disagreed
-    for part in torch.randperm(groups).tensor_split(parts) if parts else []:
-        yield batch.rows(rows[part.to(rows.device)].flatten())
+def mini_batches(run, batch, groups, step):
+    """The groups worth learning from, in random order, cut evenly into about prompts_per_minibatch each: of
+    every mini-batch the part that this process has, which may be none."""
+    cfg, device = run.cfg, batch.ids.device
+    place = {number: k for k, (number, _) in enumerate(groups) if number is not None}
+    every = sorted(number for part in run.world.gather([*place]) for number in part)
+    random.Random(f"{cfg.seed}/{step}").shuffle(every)
+    parts = -(-len(every) // cfg.prompts_per_minibatch)     # rounded up; 0 if no group disagreed
+    for k in range(parts):
+        part = every[k * len(every) // parts:(k + 1) * len(every) // parts]
+        own = torch.tensor([place[n] for n in part if n in place], dtype=torch.long, device=device)
+        yield batch.rows((own[:, None] * cfg.group_size
+                          + torch.arange(cfg.group_size, device=device)).flatten())
 
 
 def interval(shares, draws=2000):
@@ -1287,114 +1494,406 @@ def interval(shares, draws=2000):
     return torch.quantile(shares[picks].mean(1), torch.tensor([0.025, 0.975])).tolist()
 
 
-def sit_exams(run, exams):
-    """Avg@k and Pass@k on every exam -> metrics, and the Batch of each exam. Exams draw from a
-    random generator of their own, so that looking does not change the run."""
-    cfg, metrics, batches, k = run.cfg, {}, {}, run.cfg.eval_samples
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)
-        for name, problems in exams.items():
-            batch = batches[name] = attempt(run, problems, k, cfg.eval_temperature, cfg.eval_top_p)
-            c = batch.right.view(-1, k).sum(1).cpu()                          # right responses (B,)
-            low, high = interval(c / k)
-            metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in {
-                f"avg@{k}": (c / k).mean(), "avg_low": low, "avg_high": high,
-                f"pass@{k}": sum(pass_at_k(k, int(right), k) for right in c) / len(c),
-                "entropy": batch.H[batch.mask].mean(), "length": batch.response_len.float().mean(),
-                "truncated": 1 - batch.ended.float().mean()}.items()}
-    return metrics, batches
+def sit_exams(run, exams, step):
+    """Avg@k (9) and Pass@k (8) on every exam -> metrics, responses of all processes as rows for
+    responses.jsonl, and this process' Batch of each exam. The dice are the same in every exam."""
+    cfg, metrics, rows, batches, k = run.cfg, {}, [], {}, run.cfg.eval_samples
+    for name, problems in exams.items():
+        batch = attempt(run, list(enumerate(problems)), name, k, cfg.eval_temperature,
+                        cfg.eval_top_p)
+        batches[name], entropy = batch, (batch.H.sum(1) / batch.response_len).tolist()
+        mine = [dict(step=step, set=name, problem=p.text, answer=p.answer, right=bool(right),
+                     tokens=int(n), ended=bool(ended), entropy=round(h, 6), response=text)
+                for p, right, n, ended, h, text in zip(
+                    [p for p in run.world.share(problems) for _ in range(k)], batch.right,
+                    batch.response_len, batch.ended, entropy, decode(run, batch))]
+        per_rank = run.world.gather(mine)
+        every = [row for j in range(len(problems)) for row in
+                 per_rank[j % len(per_rank)][j // len(per_rank) * k:][:k]]
+        rows += every
+        c = torch.tensor([row["right"] for row in every]).view(-1, k).sum(1)            # (B,)
+        low, high = interval(c / k)
+        total, n = sum(row["tokens"] for row in every), len(every)
+        metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in {
+            f"avg@{k}": (c / k).mean(), "avg_low": low, "avg_high": high,
+            f"pass@{k}": sum(pass_at_k(k, int(right), k) for right in c) / len(c),
+            "entropy": sum(row["entropy"] * row["tokens"] for row in every) / total,
+            "length": total / n,
+            "truncated": sum(not row["ended"] for row in every) / n}.items()}
+    return metrics, rows, batches
+
+
+def measure(run, batch, groups, updates):
+    """The metrics of one step, of all processes: of all that was tried, and (loss to drift) of the
+    groups learned from."""
+    G, mask = run.cfg.group_size, batch.mask
+    right = batch.right.view(-1, G)
+    kept = torch.tensor([number is not None for number, _ in groups], dtype=torch.bool,
+                        device=mask.device)
+    learned = mask & kept.repeat_interleave(G)[:, None]
+    by_quadrant = lambda x: torch.bincount(batch.quadrant[learned], x[learned].double(), 5)
+    losses, norms, clipped, drifts = zip(*updates or [(0.0, 0.0, 0, torch.zeros(5))])
+    sums = dict(
+        rows=len(batch.ids), reward=batch.reward.sum(), right=right.sum(), tokens=mask.sum(),
+        entropy=batch.H.sum(), ended=batch.ended.sum(), groups=len(right),
+        all_right=right.all(1).sum(), all_wrong=(~right).all(1).sum(),
+        histogram=entropy_histogram(batch.H, batch.right, mask), loss=sum(losses) / len(losses),
+        clipped=sum(clipped), gap=run.gap, drift=sum(drifts), count=by_quadrant(mask),
+        credit=by_quadrant(batch.A.abs()), nats=by_quadrant(batch.H))
+    parts = run.world.gather({key: torch.as_tensor(x).cpu() for key, x in sums.items()})
+    s = {key: sum(part[key] for part in parts) for key in sums}
+    rows, tokens, used = int(s["rows"]), int(s["tokens"]), s["count"].sum().clamp(min=1)
+    m = dict(reward=s["reward"] / rows, solve_rate=s["right"] / rows, entropy=s["entropy"] / tokens,
+             information=proxy_information(s["histogram"]), response_tokens=tokens,
+             response_length=tokens / rows, truncated=1 - s["ended"] / rows,
+             groups=int(s["groups"]), groups_all_right=int(s["all_right"]),
+             groups_all_wrong=int(s["all_wrong"]), loss=s["loss"], grad_norm=sum(norms) / len(norms),
+             clip_fraction=s["clipped"] / used, sampler_gap=s["gap"] / len(parts))
+    for key, x, whole in (("tokens", s["count"], used), ("advantage", s["credit"], s["credit"].sum()),
+                          ("entropy", s["nats"], s["nats"].sum()), ("drift", s["drift"], s["count"])):
+        share = x / whole.clamp(min=1e-9)
+        m |= {f"{key}/{name}": share[code] for code, name in enumerate(QUADRANTS, 1)}
+    m = {key: x if isinstance(x, int) else round(float(x), 6) for key, x in m.items()}
+    return m, s["histogram"]
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 8. Plumbing: files, metrics, the terminal. Skip on first reading.
+# Part 8. Plumbing: processes, the plan, checkpoints, files, the terminal. Skip on first reading.
 # --------------------------------------------------------------------------------------------------
 
-QUADRANTS = {"PHR": "\033[1;92m", "PLR": "\033[32m", "NLR": "\033[31m", "NHR": "\033[1;91m"}
+class World:
+    """The processes of a run, one a GPU. With one process every method is the identity."""
+
+    def __init__(self, cfg):
+        self.rank, self.size = (int(os.environ.get(x, y)) for x, y in (("RANK", 0),
+                                                                       ("WORLD_SIZE", 1)))
+        cuda, self.stop, self.signalled = torch.cuda.is_available(), False, 0.0
+        self.device = torch.device("cpu")
+        if cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        self.bf16 = cfg.matmuls == "bf16" or cfg.matmuls == "auto" and cuda
+        self.sharded = self.size > 1 or self.bf16 or cfg.offload
+        if self.sharded and not dist.is_initialized():
+            alone = {} if self.size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                    timeout=timedelta(minutes=60), **alone)
+
+    def shard(self, policy, offload):
+        """The policy, its fp32 weights cut over the GPUs layer by layer: a layer is put together,
+        in bf16, only while it computes (FSDP2). On a GPU, what a layer computes is forgotten and
+        computed again in backward."""
+        if not self.sharded:
+            return policy.to(self.device)
+        how = dict(mesh=dist.init_device_mesh(self.device.type, (self.size,)),
+                   mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if self.bf16 else None,
+                                                  reduce_dtype=torch.float32),
+                   offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
+        for layer in policy.lm.get_decoder().layers:
+            if self.device.type == "cuda":
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            fully_shard(layer, **how)
+        return fully_shard(policy, **how)
+
+    def whole(self, x):
+        """A tensor put together from its shards on every process; all must ask for it."""
+        return x.to(self.device).full_tensor() if hasattr(x, "full_tensor") else x
+
+    def gather(self, x):
+        """[x of process 0, x of process 1 ...], on every process; all must call it."""
+        parts = [x] * self.size
+        if self.size > 1:
+            dist.all_gather_object(parts, x)
+        return parts
+
+    def share(self, items):
+        """The part of a list that this process works on."""
+        return items[self.rank::self.size]
+
+    def print(self, *text):
+        """Print once, not once a process."""
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def bar(self, steps, name, least=1, **how):
+        """A progress bar over steps, on the first process, if there are at least so many."""
+        return tqdm(steps, desc=name, disable=self.rank > 0 or len(steps) < least, **how)
+
+    def on_signal(self, number, frame):
+        """Ctrl-C and SIGTERM: finish the step, save, stop. Once more, 5 seconds later: stop now.
+        (Launchers pass the first one on as a second.)"""
+        if not self.stop:
+            self.stop, self.signalled = True, time.time()
+            self.print("\neapo: stopping after this step; once more to stop at once")
+        elif time.time() > self.signalled + 5 or self.size == 1:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def signals(self):
+        """Around a run: Ctrl-C and SIGTERM go to on_signal."""
+        before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def asked_to_stop(self):
+        """Whether a signal has reached any process."""
+        return any(self.gather(self.stop))
 
 
-def measure(run, batch, used, updates, seconds):
-    """The metrics of one step: of all that was tried, and of the rows learned from (`used`)."""
-    cfg, right = run.cfg, batch.right.view(-1, run.cfg.group_size)
-    tokens, learned = int(batch.response_len.sum()), max(1, int(used.response_len.sum()))
-    losses, norms, clipped = zip(*updates or [(0.0, 0.0, 0)])
-    m = dict(
-        reward=batch.reward.mean(), solve_rate=right.float().mean(),
-        entropy=batch.H[batch.mask].mean(),
-        response_tokens=tokens, response_length=batch.response_len.float().mean(),
-        truncated=1 - batch.ended.float().mean(), groups=len(right),
-        groups_all_right=int(right.all(1).sum()), groups_all_wrong=int((~right).all(1).sum()),
-        loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms),
-        clip_fraction=sum(clipped) / learned)
-    q = quadrants(used.reward, used.H, used.mask, cfg.group_size)
-    for code, name in enumerate(QUADRANTS, 1):
-        m[f"tokens/{name}"] = (q == code).sum() / learned
-        m[f"advantage/{name}"] = used.A[q == code].abs().sum() / used.A.abs().sum().clamp(min=1e-9)
-    m |= dict(seconds=seconds, **{f"seconds_{phase}": x for phase, x in run.seconds.items()},
-              tokens_per_second=tokens / seconds)
-    m["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if batch.ids.is_cuda else 0
-    return {key: x if isinstance(x, int) else round(float(x), 6) for key, x in m.items()}
+def plan(cfg, world):
+    """Print what each process will hold in memory, in GB, and refuse what cannot fit, before any
+    weight is read. The update holds weights, gradients, moments, activations and logits; the
+    rollout weights, moments, a copy to sample from and the KV cache."""
+    with reading(cfg.model):
+        c = AutoConfig.from_pretrained(cfg.model)
+    with torch.device("meta"):
+        P = sum(p.numel() for p in AutoModelForCausalLM.from_config(c).parameters())
+    cuda, width, D, L = world.device.type == "cuda", 2 if world.bf16 else 4, c.hidden_size, \
+        c.num_hidden_layers
+    n, here = world.size, 0 if cfg.offload else 1
+    tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+    kv = 2 * L * width * c.num_key_value_heads * (getattr(c, "head_dim", None)
+                                                  or D // c.num_attention_heads)
+    inside = 6 * D + 4 * c.intermediate_size        # numbers a token that one layer keeps
+    parts = dict(weights=4 * P / n * here, gradients=4 * P / n * here, moments=8 * P / n * here,
+                 working=width * (P / L + 2 * c.vocab_size * D) * world.sharded,
+                 activations=max(tokens, longest) * width * (L * D + inside if cuda else L * inside),
+                 logits=5 * 4 * CHUNK, copy=width * P * world.sharded,
+                 kv_cache=kv * longest * cfg.group_size)
+    parts = {name: x / 1e9 for name, x in parts.items()}
+    update = sum(x for name, x in parts.items() if name not in ("copy", "kv_cache"))
+    rollout = sum(parts[name] for name in ("weights", "moments", "copy", "kv_cache"))
+    free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") \
+        * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    world.print(f"{cfg.model}: {P / 1e6:.1f}M parameters on {n} x {world.device.type}; GB each: "
+                + ", ".join(f"{name} {x:.2f}" for name, x in parts.items())
+                + f" (one group); update {update:.2f}, rollout {rollout:.2f}, free {free / 1e9:.2f}")
+    remedy = "use more --gpus, --offload, or a smaller model" if cuda else "use a smaller model"
+    for phase, size in (("update", update), ("rollout", rollout)):
+        need(size < free / 1e9, f"the {phase} needs about {size:.0f} GB of {free / 1e9:.0f} GB: "
+             f"{remedy}; a smaller --microbatch-tokens or --max-response-tokens helps a little")
 
 
-def save(run, out):
-    """The policy and its tokenizer as an ordinary Hugging Face folder, out/model. Written beside
-    and then renamed: there is never half a model."""
-    path = os.path.join(out, "model")
-    run.policy.lm.save_pretrained(path + ".new")
-    run.tokenizer.save_pretrained(path + ".new")
-    shutil.rmtree(path, ignore_errors=True)
+def doctor(run, problems):
+    """Print what most often is wrong before a run that learns nothing: the first prompt as the
+    model sees it, stop tokens, and what the verifier says of golds and of junk."""
+    p, tokenizer = problems[0], run.tokenizer
+    text, bos = tokenizer.decode(p.ids), tokenizer.bos_token_id
+    golds = [p.answer[0] if isinstance(p.answer, list) else p.answer for p in problems[:200]]
+    paid = sum(is_correct(f"\\boxed{{{gold}}}", gold) for gold in golds) / len(golds)
+    junk = sum(is_correct("\\boxed{no idea}", gold) for gold in golds) / len(golds)
+    run.world.print(f"first prompt: {text[:400]!r}\n  {len(p.ids)} ids, {p.ids[:8]} .. {p.ids[-4:]}, "
+                    f"BOS {p.ids.count(bos) if bos is not None else 0} times; responses end with "
+                    f"{tokenizer.convert_ids_to_tokens(run.stop_ids)}\nverifier: {paid:.0%} of "
+                    f"{len(golds)} gold answers are paid, {junk:.0%} of junk")
+    if "boxed" not in text and run.cfg.model != "tiny":
+        run.world.print("warning: the prompt does not ask for \\boxed{}: unless the model boxes its "
+                        "answer anyway, no response will be right; say so in the problems, or "
+                        "imitate solutions first (--warmup-data)")
+
+
+def replace_file(path, text):
+    """Write a file beside its place and rename it: there is never half a file."""
+    with open(path + ".new", "w", encoding="utf-8") as f:
+        f.write(text)
     os.replace(path + ".new", path)
 
 
-def open_run(cfg):
+def save_model(run, out):
+    """The policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
+    path, weights, lm = os.path.join(out, "model"), {}, run.policy.lm
+    every, once = (dict(lm.named_parameters(remove_duplicate=x)) for x in (False, True))
+    for name, p in lm.state_dict().items():
+        whole = run.world.whole(p)
+        if run.world.rank == 0 and (name in once or name not in every):     # tied: once
+            weights[name] = whole.cpu()
+    if run.world.rank == 0:
+        lm.save_pretrained(path + ".new", state_dict=weights)
+        run.tokenizer.save_pretrained(path + ".new")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(path + ".new", path)
+
+
+@contextlib.contextmanager
+def saving(run, out):
+    """Around a run: what was learned is kept, also on a second Ctrl-C, or an error if there is one
+    process; among several, saving after an error would wait for those that did not fail."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.world.print("\neapo: stopped at once")
+        if run.world.size > 1:
+            raise
+    except BaseException:
+        if run.world.size > 1:
+            raise
+        save_model(run, out)
+        raise
+    save_model(run, out)
+
+
+def save_checkpoint(run, optimizer, stream, step, out):
+    """out/checkpoint/step-N: weights and moments, each process its shards, and where the data
+    stands. Written beside and renamed; the last two are kept. Dice need no saving."""
+    folder = os.path.join(out, "checkpoint")
+    path = os.path.join(folder, f"step-{step:06}")
+    model, moments = get_state_dict(run.policy, optimizer)
+    dcp.save({"model": model, "optimizer": moments}, checkpoint_id=path + ".new")
+    if run.world.rank == 0:
+        replace_file(os.path.join(path + ".new", "state.json"), json.dumps(
+            dict(step=step, position=stream.position, data=fingerprint(stream))))
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(path + ".new", path)
+        for old in sorted(os.listdir(folder))[:-2]:
+            shutil.rmtree(os.path.join(folder, old))
+    run.world.gather(None)
+
+
+def load_checkpoint(run, optimizer, stream, out):
+    """Set weights, moments and data position from the last checkpoint of a run -> its step."""
+    folder = os.path.join(out, "checkpoint")
+    found = sorted(x for x in os.listdir(folder) if not x.endswith(".new")) \
+        if os.path.isdir(folder) else []
+    need(found, f"{out} holds no checkpoint: it was stopped before the first --save-every")
+    path = os.path.join(folder, found[-1])
+    with open(os.path.join(path, "state.json")) as f:
+        state = json.load(f)
+    need(state["data"] == fingerprint(stream),
+         f"{run.cfg.train_data} is not the data that {out} was trained on: its problems differ")
+    model, moments = get_state_dict(run.policy, optimizer)
+    saved = {"model": model, "optimizer": moments}
+    dcp.load(saved, checkpoint_id=path)
+    set_state_dict(run.policy, optimizer, model_state_dict=saved["model"],
+                   optim_state_dict=saved["optimizer"])
+    stream.position = state["position"]
+    return state["step"]
+
+
+def fingerprint(stream):
+    """A number that changes with the training problems and their order."""
+    return crc32(json.dumps([(p.text, str(p.answer)) for p in stream.problems]).encode())
+
+
+def open_run(cfg, world):
     """Make the folder of the run and write config.json into it -> path."""
     name = os.path.basename(os.path.normpath(cfg.model))
     out = cfg.out or os.path.join("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    need(not os.path.exists(os.path.join(out, "metrics.jsonl")),
-         f"{out} holds the metrics of another run: choose another --out")
-    os.makedirs(out, exist_ok=True)
+    out = world.gather(out)[0]
+    need(cfg.resume or not os.path.exists(os.path.join(out, "metrics.jsonl")),
+         f"{out} holds the metrics of another run: choose another --out, or --resume {out}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__,
                 "python": platform.python_version()}
-    with open(os.path.join(out, "config.json"), "w") as f:
-        json.dump(asdict(cfg) | {"versions": versions}, f, indent=2)
+    try:
+        os.makedirs(out, exist_ok=True)
+        if world.rank == 0:
+            replace_file(os.path.join(out, "config.json"),
+                         json.dumps(asdict(cfg) | {"versions": versions}, indent=2))
+    except OSError as e:
+        raise SystemExit(f"eapo: cannot write to {out}: {e.strerror}; choose another --out") from e
     return out
 
 
 class Look:
-    """Watches a run: a progress bar, metrics.jsonl, exams, and what to print at the end."""
+    """Watches a run: a progress bar, metrics.jsonl, exams, the report, what to print at the end."""
 
     def __init__(self, run, out, exams):
         self.run, self.out, self.exams = run, out, exams
-        self.solve_rates, self.results = [], {}             # results: exam metrics by step
-        self.before = self.after = None                     # {exam: Batch} of the first, the last
+        self.rows, self.before, self.after = [], None, None     # {exam: Batch}: first, last exam
 
-    def steps(self, n):
-        """1, 2 ... n under a progress bar."""
-        self.bar = tqdm(range(1, n + 1), desc="EAPO" if self.run.cfg.alpha else "GRPO", unit="step")
+    def resume(self, step):
+        """Take up metrics.jsonl where the checkpoint was written; later lines are dropped."""
+        path = os.path.join(self.out, "metrics.jsonl")
+        self.rows = [row for row in read_jsonl(path) if row["step"] <= step]
+        if self.run.world.rank == 0:
+            replace_file(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def steps(self, first):
+        """first, first + 1 ... cfg.steps under a progress bar."""
+        self.bar = self.run.world.bar(range(first, self.run.cfg.steps + 1), self.run.cfg.method)
         yield from self.bar
+
+    def due(self, step):
+        """Whether there is an exam after this step."""
+        every = self.run.cfg.eval_every
+        return every > 0 and (step % every == 0 or step == self.run.cfg.steps)
 
     def at(self, step, metrics):
         """Log a step, and sit the exams if it is their turn."""
-        every = self.run.cfg.eval_every
+        cfg, world = self.run.cfg, self.run.world
         if metrics:
-            self.solve_rates.append(metrics["solve_rate"])
             self.bar.set_postfix_str(f"reward {metrics['reward']:+.2f}, entropy "
                                      f"{metrics['entropy']:.3f} nats, "
                                      f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
-        if every and (step % every == 0 or step == self.run.cfg.steps):
-            self.results[step], self.after = sit_exams(self.run, self.exams)
-            self.before = self.before or self.after
-        with open(os.path.join(self.out, "metrics.jsonl"), "a") as f:
-            f.write(json.dumps({"step": step, **metrics, **self.results.get(step, {})}) + "\n")
+        if cfg.eval_only or self.due(step):
+            found, responses, self.after = sit_exams(self.run, self.exams, step)
+            metrics, self.before = metrics | found, self.before or self.after
+            if world.rank == 0:
+                with open(os.path.join(self.out, "responses.jsonl"), "a", encoding="utf-8") as f:
+                    f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in responses)
+                replace_file(os.path.join(self.out, "eval.json"),
+                             json.dumps({"step": step, **found}, indent=2))
+        self.rows.append({"step": step, **metrics})
+        if world.rank == 0 and not cfg.eval_only:
+            with open(os.path.join(self.out, "metrics.jsonl"), "a") as f:
+                f.write(json.dumps(self.rows[-1]) + "\n")
+
+    def warn(self, m):
+        """Say of the first step what is likely to spoil all others."""
+        if m["truncated"] > 0.5:
+            self.run.world.print(f"\nwarning: {m['truncated']:.0%} of the responses were cut at "
+                                 "--max-response-tokens: raise it, or see whether the stop tokens "
+                                 "above are the model's")
+        if m["sampler_gap"] > 0.1:
+            self.run.world.print(f"\nwarning: sampler and policy disagree by {m['sampler_gap']} "
+                                 "nats a token: tokens are drawn from another model than is trained")
+
+    @torch.no_grad()
+    def write_report(self, batch, groups, histogram):
+        """report.html, with two groups of the last step under the microscope: as drawn, and as
+        likely as the update has left their tokens (rho)."""
+        cfg, G = self.run.cfg, self.run.cfg.group_size
+        kept = [k for k, (number, _) in enumerate(groups) if number is not None][:2]
+        rows = [g * G + i for g in kept for verdict in (True, False) for i in
+                [i for i in range(G) if bool(batch.right[g * G + i]) == verdict][:2]]
+        shown = batch.rows(torch.tensor(rows, dtype=torch.long, device=batch.ids.device))
+        after = replace(shown)
+        rescore(self.run, after, cfg.temperature)
+        if self.run.world.rank:
+            return
+        rho = (after.logp - shown.logp).exp()
+        clipped = surrogate(rho, shown.A, cfg.clip_low, cfg.clip_high, cfg.clip_c) != rho * shown.A
+        A = group_advantages(batch.reward, G)[rows][:, None].expand(shown.A.shape)
+        columns = [shown.quadrant, shown.logp.exp(), shown.H, A, shown.A, rho, clipped]
+        pages = {g: dict(problem=groups[g][1].text, answer=groups[g][1].answer, responses=[])
+                 for g in kept}
+        for i, row in enumerate(rows):
+            texts = [self.run.tokenizer.decode([t]) for t in shown.response(i)]
+            pages[row // G]["responses"].append(dict(
+                right=bool(shown.right[i]), reward=float(shown.reward[i]),
+                tokens=list(zip(texts, *(c[i].tolist() for c in columns)))))
+        edges = [round(0.125 * k, 3) for k in range(33)]
+        wrong, right = (h / h.sum().clamp(min=1) for h in histogram)
+        replace_file(os.path.join(self.out, "report.html"), report(
+            {os.path.basename(self.out): [self.rows]}, pages.values(),
+            (edges, right.tolist(), wrong.tolist())))
 
     def summary(self):
         """Print the curve, the exam results of the first and last model, and some responses."""
+        if self.run.world.rank:
+            return
+        rates = [row["solve_rate"] for row in self.rows if "solve_rate" in row]
         print("\nsolve rate of the steps, 0 to 1:  "
-              + "".join(" ▁▂▃▄▅▆▇█"[min(8, int(9 * r))] for r in self.solve_rates))
-        if len(self.results) > 1:
-            first, last = min(self.results), max(self.results)
+              + "".join(" ▁▂▃▄▅▆▇█"[min(8, int(9 * r))] for r in rates[-100:]))
+        results = {row["step"]: row for row in self.rows if any("@" in key for key in row)}
+        if self.before and self.before is not self.after:
             self.responses(self.before, self.after)
-            self.table({"base": self.results[first], f"step {last}": self.results[last]})
-        print(f"\nmetrics: {self.out}/metrics.jsonl   trained model: {self.out}/model")
+        self.table({f"step {step}" if step else "base": results[step]
+                    for step in dict.fromkeys((min(results), max(results)))} if results else {})
+        print(f"\nmetrics, report.html, trained model: in {self.out}")
 
     def table(self, results):
         """Print {label: metrics of the exams}, a line each."""
@@ -1410,13 +1909,14 @@ class Look:
     def responses(self, before, after):
         """Print responses of the base and of the trained model, the tokens coloured by quadrant."""
         name, k = next(iter(self.exams)), self.run.cfg.eval_samples
+        problems = self.run.world.share(self.exams[name])
         share = before[name].right.view(-1, k).float().mean(1)
         undecided = ((share > 0) & (share < 1)).nonzero()[:3, 0].tolist()
         if sys.stdout.isatty():
             print("\n" + "  ".join(f"{colour}{q}\033[0m" for q, colour in QUADRANTS.items()),
                   "  bright: at or above the mean entropy of its group")
         for b in undecided or [0]:
-            print("\n" + self.exams[name][b].text[:300])
+            print("\n" + problems[b].text[:300])
             for label, batch in (("base", before[name]), ("trained", after[name])):
                 group = batch.rows(torch.arange(b * k, b * k + k, device=batch.ids.device))
                 for i in range(min(3, k)):
@@ -1435,45 +1935,187 @@ class Look:
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 9. The loop: try, mark, compare, learn, look.
+# Part 9. The report: one HTML page that works offline and runs no script. Skip on first reading.
+# PENS and MARKS: colour and dashes of a line; of a quadrant also its underline and its meaning.
+# --------------------------------------------------------------------------------------------------
+
+PENS = ("#8a5be0", ""), ("#2c9a4b", "7 4"), ("#d8478f", "1 4"), ("#a8743a", "9 4"), ("gray", "4")
+MARKS = {"PHR": ("#2f7de1", "", "3px solid", "right, H at or above the mean of its group"),
+         "PLR": ("#1298a8", "1 4", "2px dotted", "right, H below it"),
+         "NLR": ("#bd8200", "6 4", "1px solid", "wrong, H below it"),
+         "NHR": ("#dd4840", "9 4 1 4", "4px double", "wrong, H at or above it")}
+HEAD = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>:root { color-scheme: light dark }  path { fill: none }  section { font-size: 13px }
+body { max-width: 1200px; margin: auto; padding: 8px 16px 90px; overflow-wrap: anywhere;
+  background: Canvas; color: CanvasText; font: 15px/1.5 system-ui, sans-serif }
+div { display: grid; grid: auto / repeat(auto-fill, minmax(min(100%, 270px), 1fr)); gap: 16px 28px }
+svg { fill: CanvasText; font-size: 12px; stroke-width: 1.8; stroke-linecap: round }
+pre { position: relative; margin: 0; font: 15px/2.1 ui-monospace, monospace; white-space: pre-wrap }
+a { padding: 2px 0; unicode-bidi: isolate; background: rgb(245 158 11 / var(--h)) padding-box }
+a:hover::after, a:focus::after { content: attr(data-t); position: absolute; left: 0; padding: 4px;
+  margin-top: 2em; background: CanvasText; color: Canvas; line-height: 1.4; pointer-events: none }
+""" + "\n".join(f".{q} {{ border-bottom: {m[2]} {m[0]} }}" for q, m in MARKS.items()) + "</style>"
+
+
+def shown(text):
+    """Text from outside as HTML: escaped, with line ends and control characters made visible."""
+    text = str(text).replace("\n", "↵\n")
+    return html.escape("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text))
+
+
+def ticks(low, high):
+    """Round numbers, evenly spaced, from at most low to at least high."""
+    high = high if high > low else low + 1
+    steps = (m * 10.0 ** e for e in range(-9, 9) for m in (1, 2, 5))
+    step = next(step for step in steps if high - low <= 5 * step)
+    return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def curve(seeds, key):
+    """[(step, low, mean, high)] of a metric: over seeds, or the interval of one seed's Avg@k."""
+    at, stem = {}, key.rpartition("@")[0]
+    for row in (row for rows in seeds for row in rows if math.isfinite(row.get(key, math.nan))):
+        ends = [row.get(f"{stem}_{end}", row[key]) for end in ("low", "high") if len(seeds) == 1]
+        at.setdefault(row["step"], []).append((row[key], *ends))
+    return [(step, min(map(min, found)), sum(y for y, *_ in found) / len(found),
+             max(map(max, found))) for step, found in sorted(at.items())]
+
+
+def chart(title, lines, x_name="step", log=False):
+    """A figure of lines {name: (pen, seeds, key)}; "" if there is no data."""
+    lines = [(name, pen, line) for name, (pen, *data) in lines.items() if (line := curve(*data))]
+    if not lines:
+        return ""
+    x, low, _, high = zip(*[point for *_, line in lines for point in line])
+    xs, ys = ticks(min(x), max(x)), ticks(-5, 0) if log else ticks(min(0, *low), max(0, *high))
+    X = lambda x: f"{50 + 280 * (x - xs[0]) / (xs[-1] - xs[0]):.1f}"
+    Y = lambda y: f"{158 - 148 * (y - ys[0]) / (ys[-1] - ys[0]):.1f}"
+    height = lambda y: Y(math.log10(max(y, 1e-5)) if log else y)
+    path = lambda pairs: "M" + "L".join(f"{X(x)},{height(y)}" for x, y in pairs)
+    text = lambda x, y, anchor, s: f'<text x="{x}" y="{y}" dy="4" text-anchor="{anchor}">{s}</text>'
+    svg, legend = text(330, 188, "end", x_name), ""
+    svg += "".join(text(X(x), 172, "middle", f"{x:.6g}") for x in xs)
+    svg += "".join(text(45, Y(y), "end", f"{10 ** y if log else y:.6g}")
+                   + f'<path d="M50,{Y(y)}H330" stroke="#8884"/>' for y in ys)
+    for name, (colour, dashes, *_), line in lines:
+        pen = f'stroke="{colour}" stroke-dasharray="{dashes}"'
+        band = [(x, y) for x, _, _, y in line] + [(x, y) for x, y, _, _ in reversed(line)]
+        svg += f'<path d="{path(band)}" style="fill: {colour}; fill-opacity: .15"/>'
+        svg += f'<path d="{path((x, y) for x, _, y, _ in line + line[-1:])}" {pen}/>'
+        ends = "" if log else f"{line[0][2]:.4g} → {line[-1][2]:.4g}"
+        legend += f'<br><svg width=28 height=9><path d="M1,5H27" {pen}/></svg> {shown(name)} {ends}'
+    return (f'<section><strong>{shown(title)}</strong><svg viewBox="0 0 346 196">{svg}</svg>'
+            f'{legend}</section>')
+
+
+def token(text, quadrant, p, H, A, A_CA, rho, clipped):
+    """A token, shaded by entropy, underlined by quadrant, its numbers on hover, tap and focus."""
+    q, tab = list(MARKS)[quadrant - 1], 0 if quadrant in (1, 4) else -1     # Tab: to the next fork
+    return (f'<a class="{q}" tabindex="{tab}" style="--h: {.5 - math.exp(-H) / 2:.2f}" data-t="'
+            f'{q}, p {p:.3f}, H {H:.3f} nats, A {A:+.3f}, A^CA {A_CA:+.3f}, rho {rho:.3f}, '
+            f'{"clipped" if clipped else "not clipped"}">{shown(text) or "∅"}</a>')
+
+
+def report(runs, groups=(), histogram=None):
+    """The HTML page on runs {label: [rows of metrics.jsonl of one seed, ...]}."""
+    title = "eapo: " + shown(", ".join(runs))
+    page = [f"{HEAD}<title>{title}</title><h1>{title}</h1>Lines: means over seeds. Bands: lowest "
+            "to highest seed, or the 95% interval of one seed's avg@k. Numbers: first → last."]
+    curves = {key: f"Held out, {key.removeprefix('eval/')}" for seeds in runs.values()
+              for rows in seeds for row in rows for key in row if "@" in key}
+    curves |= {"solve_rate": "Solve rate in training", "entropy": "Entropy, nats",
+               "response_length": "Response length, tokens", "information": "Ihat (14), nats"}
+    shares = {"tokens": "Share of tokens", "advantage": "Share of the sum of |A|",
+              "entropy": "Share of the sum of entropy", "drift": "Change of entropy a step, nats"}
+    page += ["<h2>Curves</h2><div>", *(chart(name, {
+        label: (pen, runs[label], key) for label, pen in zip(runs, PENS * len(runs))})
+        for key, name in curves.items())]
+    for label, seeds in runs.items():
+        page += [f"</div><h2>Quadrants, {shown(label)}</h2><div>", *(
+            chart(name, {q: (pen, seeds, f"{key}/{q}") for q, pen in MARKS.items()})
+            for key, name in shares.items())]
+    rows = [dict(step=H, right=r, wrong=w) for H, r, w in zip(*histogram or ([], [], []))]
+    page += ["</div><h2>Token microscope</h2><div>", chart("Share of tokens, log scale", {
+        side: (MARKS[q], [rows], side) for side, q in (("right", "PHR"), ("wrong", "NHR"))},
+        "H of the token, nats", log=True), "</div>shade: H of", *(
+        f' <a style="--h: {.5 - math.exp(-H) / 2}">&nbsp;{H}&nbsp;</a>' for H in (0, .1, .7, 2)),
+        " nats", *(f'<br><a class="{q}">{q}</a> {m[3]}' for q, m in MARKS.items())]
+    for group in groups:
+        page += [f"<h3>{shown(group['problem'])}</h3>right answer: {shown(group['answer'])}"]
+        for r in group["responses"]:
+            mark, tokens = "right ✓" if r["right"] else "wrong ✗", r["tokens"]
+            page += [f'<details open><summary>{mark}, {len(tokens)} tokens, reward {r["reward"]:+g}'
+                     "</summary><pre>", *(token(*t) for t in tokens), "</pre></details>"]
+    return "".join(page)
+
+
+def compare(folders):
+    """{label: [rows of a run, ...]}: runs that differ only in seed and out share a label."""
+    found, runs = {}, {}
+    for folder in map(os.path.abspath, folders):
+        with reading(f"{folder} (name folders of runs)"):
+            with open(f"{folder}/config.json") as f, open(f"{folder}/metrics.jsonl") as g:
+                found[folder] = json.load(f), [json.loads(line) for line in g]
+    fields = dict.fromkeys(name for config, _ in found.values() for name in config)
+    apart = [name for name in fields if name not in ("seed", "out", "versions")
+             and len({str(config.get(name)) for config, _ in found.values()}) > 1]
+    for folder, (config, rows) in found.items():
+        label = ", ".join(f"{name} {config.get(name)}" for name in apart)
+        runs.setdefault(label or os.path.basename([*found][0]), []).append(rows)
+    return runs
+# --------------------------------------------------------------------------------------------------
+# Part 10. The loop: try, mark, compare, learn, look.
 # --------------------------------------------------------------------------------------------------
 
 def train(cfg):
     """Warm up if asked, then EAPO. All that a run leaves is in its folder."""
-    out, run = open_run(cfg), load(cfg)
+    world = World(cfg)
+    out = open_run(cfg, world)
+    if cfg.model != "tiny":
+        plan(cfg, world)
+    run = load(cfg, world)
     stream, exams, solutions = load_data(cfg, run.tokenizer)
-    print(f"{cfg.model}: {sum(p.numel() for p in run.policy.parameters()) / 1e6:.2f}M parameters, "
-          f"{len(stream.problems)} problems of {cfg.train_data}; this run is in {out}")
     look = Look(run, out, exams)
+    if cfg.eval_only:
+        return look.at(0, {}) or look.summary()
+    doctor(run, stream.problems)
+    world.print(f"this run is in {out}")
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0,
                                   fused=True)
-    try:
-        imitate(run, solutions)
-        look.at(0, {})
-        for step in look.steps(cfg.steps):
+    with world.signals(), saving(run, out):
+        if cfg.resume:
+            step = load_checkpoint(run, optimizer, stream, out)
+            look.resume(step)
+        else:
+            imitate(run, solutions)
+            step = 0
+            look.at(step, {})
+        for step in look.steps(step + 1):
             start = run.start_step()
 
             # Try, mark: answer each problem G times; +1 if the boxed answer is right, else -1.
-            batch, rows = roll_out(run, stream)
+            batch, groups = roll_out(run, stream)
 
             # Compare: credit each response against its group, then each token by its entropy.
-            A = group_advantages(batch.reward, cfg.group_size)                          # (1)
-            batch.A = entropy_aware_advantages(A, batch.H, batch.mask, cfg.group_size,
-                                               cfg.alpha, cfg.phi)                      # (7)
-            used = batch.rows(rows)         # the groups that disagree; in the others A is 0
+            give_credit(run, batch)                                                     # (1), (7)
 
-            # Learn: one clipped gradient step per mini-batch.
+            # Learn: one clipped gradient step per mini-batch of groups that disagree.
             with run.timed("update"):
-                updates = [learn(run, optimizer, mini, f"step {step}")
-                           for mini in mini_batches(used, cfg)]
-                run.refresh()
+                run.empty_sampler()
+                updates = [learn(run, optimizer, mini, f"step {step}")                  # (2)
+                           for mini in mini_batches(run, batch, groups, step)]
 
             # Look: watch the reward; the loss of a policy gradient does not measure progress.
-            look.at(step, measure(run, batch, used, updates, time.perf_counter() - start))
-    except KeyboardInterrupt:
-        print("\ninterrupted")
-    finally:                        # Ctrl-C or an error: what was learned is kept
-        save(run, out)
+            metrics, histogram = measure(run, batch, groups, updates)
+            look.at(step, metrics | run.clocks(start, metrics))
+            stop = world.asked_to_stop()
+            if stop or look.due(step) or step == cfg.steps:
+                look.write_report(batch, groups, histogram)
+            if stop or cfg.save_every and (step % cfg.save_every == 0 or step == cfg.steps):
+                save_checkpoint(run, optimizer, stream, step, out)
+            if stop:
+                break
     look.summary()
 
 
@@ -1482,9 +2124,19 @@ def main(argv=None):
     cfg = parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+    if cfg.compare:
+        folder = cfg.out or "runs"
+        replace_file(os.path.join(folder, "report.html"), report(compare(cfg.compare.split(","))))
+        return print(f"eapo: {folder}/report.html")
+    n = torch.cuda.device_count()
+    need(cfg.gpus <= n, f"--gpus {cfg.gpus}: this machine has {n}")
+    if "RANK" not in os.environ and (cfg.gpus or n) > 1:        # one process a GPU
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                   str(cfg.gpus or n), os.path.abspath(__file__), *(argv or sys.argv[1:])]
+        os.execv(sys.executable, [sys.executable, *command])
     if cfg.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)        # its matrices are too small for more to help
-    torch.manual_seed(cfg.seed)
     train(cfg)
 
 

@@ -8,10 +8,15 @@ import json
 import math
 import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -49,6 +54,12 @@ def random_group_batch(B=3, G=4, T=6, seed=0):
     H = torch.rand(B * G, T) ** 3 * 4
     mask = torch.arange(T) < torch.randint(1, T + 1, (B * G, 1))
     return rewards, H, mask
+
+
+def a_run(lm=None, *args):
+    """A Run of one process on the CPU, around a model that was made here."""
+    cfg = eapo.parse_args([*map(str, args)])
+    return eapo.Run(cfg, eapo.World(cfg), Policy(lm or tiny_lm()), None, [1], lm)
 
 
 def config(tmp_path, *args):
@@ -189,13 +200,125 @@ def test_grpo_is_the_sum_of_its_four_quadrants_in_value_and_gradient():
     rewards, H, mask = random_group_batch()
     A = group_advantages(rewards, 4)[:, None] * mask
     q, torch_logp = quadrants(rewards, H, mask, 4), torch.randn(12, 6).requires_grad_()
-    old, weight = torch.zeros(12, 6), token_weights(mask, 4, "tokens")
+    old, weight = torch.zeros(12, 6), mask / mask.sum()
     whole = policy_loss(torch_logp, old, A, weight, *CLIPS)
     parts = [policy_loss(torch_logp, old, A * (q == k), weight, *CLIPS) for k in (1, 2, 3, 4)]
     grads = [torch.autograd.grad(x, torch_logp, retain_graph=True)[0] for x in (whole, *parts)]
     torch.testing.assert_close(whole, sum(parts))
     torch.testing.assert_close(grads[0], sum(grads[1:]))
     assert all(g.any() for g in grads)
+
+
+# ---- the other credit rules ----------------------------------------------------------------------
+
+def test_forking_keeps_the_top_fifth_of_all_tokens_and_the_denominator():
+    """H = 0 .. 9 over two responses, the second in two tokens of the mask: the top 20% of 10 tokens
+    are 9 and 8. Their A stays, all other tokens have 0 and still count in the mean."""
+    H = torch.tensor([[0., 7, 2, 3, 4, 5, 6, 1], [8, 9, 99, 99, 99, 99, 99, 99]])
+    mask = H < 99
+    tau = eapo.threshold(H[mask], 0.2)
+    assert float(tau) == 8
+    A = eapo.forking(torch.tensor([1., -1]), H, mask, tau)
+    assert A.tolist() == [[0] * 8, [-1, -1, 0, 0, 0, 0, 0, 0]]
+
+
+def test_entroadv_adds_entropy_up_to_half_the_advantage():
+    """a = .4, k = 2: at A = 1, H = .5 adds .2 and H = 5 is stopped at .5; at A = -1 the blame
+    shrinks to -.8 and to -.5; at A = 0 nothing is added."""
+    H, mask = torch.tensor([[.5, 5.]] * 3), torch.ones(3, 2, dtype=torch.bool)
+    A = eapo.entropy_advantages(torch.tensor([1., -1, 0]), H, mask)
+    torch.testing.assert_close(A, torch.tensor([[1.2, 1.5], [-.8, -.5], [0, 0]]))
+
+
+def test_w_reinforce_takes_a_tenth_of_the_praise_and_all_the_blame():
+    mask = torch.tensor([[True, True], [True, False]])
+    A = eapo.weighted_reinforce(torch.tensor([2., -1]), mask)
+    torch.testing.assert_close(A, torch.tensor([[.2, .2], [-1, 0]]))
+
+
+def credited(method, *flags, rewards=(1., -1, -1, -1)):
+    """give_credit on four responses, with H and logp that are easy to rank: run, batch."""
+    run = a_run(tiny_lm(), "--method", method, "--group-size", 4, *flags)
+    batch = eapo.pack([[5]] * 4, [[6] * 5] * 4, "cpu")
+    batch.reward = torch.tensor(rewards)
+    batch.H = torch.arange(20.).view(4, 5)
+    batch.logp = -torch.arange(20.).view(4, 5) / 10
+    eapo.give_credit(run, batch)
+    return run, batch
+
+
+def test_kl_cov_penalises_the_tokens_of_highest_covariance():
+    """A = 1.5, -.5 thrice, mean 0. logp = 0, -.1 .. -1.9, mean -.95. The covariance is highest
+    where A and logp are both above or both below: 1.5 (0 + .95) = 1.425 at the first token, which
+    is also the top 0.2% of 20. Its loss gains |log rho|; nothing is clipped."""
+    run, batch = credited("kl-cov")
+    assert batch.penalty.nonzero().tolist() == [[0, 0]]
+    assert batch.A[:, 0].tolist() == pytest.approx([1.5, -.5, -.5, -.5], abs=1e-4)
+    rho = torch.full((4, 5), 5.0)       # far outside every clip
+    run.policy.forward = lambda micro, T: ((micro.logp + rho.log()).requires_grad_(), micro.H)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
+    loss, _, clipped, _ = eapo.learn(run, optimizer, batch, "test")
+    assert loss == pytest.approx((-5 * float(batch.A.sum()) + math.log(5)) / 20, abs=1e-5)
+    assert clipped == 0
+
+
+def test_entroreg_adds_the_mean_entropy_and_its_gradient():
+    """At rho = 1 the loss is - mean(A) - beta mean(H), and d loss / d H = - beta / 20 a token."""
+    run, batch = credited("entroreg")
+    H = batch.H.clone().requires_grad_()
+    run.policy.forward = lambda micro, T: (micro.logp + 0 * H, H)
+    loss, _, _, _ = eapo.learn(run, torch.optim.SGD([H], lr=0.0), batch, "test")
+    beta = eapo.ENTROPY_BONUS
+    assert loss == pytest.approx(-float(batch.A.mean()) - beta * 9.5, abs=1e-6)
+    H.grad = None
+    optimizer = torch.optim.SGD([H], lr=1.0)
+    eapo.learn(run, optimizer, batch, "test")
+    torch.testing.assert_close(H.detach(), batch.H + beta / 20)
+
+
+def test_quadrants_can_be_learned_from_alone_and_left_out_of_the_entropy_term():
+    """mu = 9.5: the right response is all below (PLR), of the wrong ones the second too (NLR)."""
+    plain = torch.tensor([1.5, -.5, -.5, -.5])[:, None].expand(4, 5)
+    _, batch = credited("grpo")
+    torch.testing.assert_close(batch.A, plain, atol=1e-4, rtol=0)
+    _, only = credited("grpo", "--quadrants", "PLR,NHR")
+    torch.testing.assert_close(only.A[[0, 2, 3]], plain[[0, 2, 3]], atol=1e-4, rtol=0)
+    assert not only.A[1].any()
+    _, full = credited("eapo")
+    _, part = credited("eapo", "--without", "NHR")
+    torch.testing.assert_close(part.A[2:], plain[2:], atol=1e-4, rtol=0)
+    assert part.A[:2].equal(full.A[:2]) and not torch.allclose(full.A[2:], plain[2:], atol=1e-3)
+
+
+def test_dapo_and_kl_cov_bring_their_own_settings_and_typed_ones_win():
+    dapo, typed = (eapo.parse_args(["--method", "dapo", *x]) for x in ([], ["--resample", "0"]))
+    assert (dapo.resample, dapo.overlong, typed.resample) == (2, 0.2, 0)
+    assert eapo.parse_args(["--method", "kl-cov"]).clip_high == math.inf
+
+
+def test_proxy_information_by_hand():
+    """Right tokens all in one bin and wrong ones all in another, half and half: the entropy value
+    tells the verdict, Ihat = log 2. The same histogram for both: 0. Half the right ones in a bin
+    of their own: H(H) = H(3/4, 1/4), H(H|r) = log(2) / 2."""
+    assert eapo.proxy_information(torch.tensor([[4, 0], [0, 4]])) == pytest.approx(math.log(2))
+    assert eapo.proxy_information(torch.tensor([[1, 3], [2, 6]])) == pytest.approx(0, abs=1e-9)
+    assert eapo.proxy_information(torch.tensor([[4, 0], [2, 2]])) == pytest.approx(
+        -.75 * math.log(.75) - .25 * math.log(.25) - .5 * math.log(2))
+
+
+def test_proxy_information_is_near_zero_when_verdicts_are_shuffled():
+    """Wrong responses are less sure, and Ihat sees it; shuffled verdicts leave the bias of the
+    estimator, about 32 bins / (2 x 20,000 tokens) = 0.001 nats."""
+    torch.manual_seed(0)
+    right = torch.rand(400) < 0.5
+    H = torch.rand(400, 50) ** 3 * torch.where(right, 1.5, 3.0)[:, None]
+    mask = torch.ones(400, 50, dtype=torch.bool)
+    informed, shuffled = (eapo.proxy_information(eapo.entropy_histogram(H, r, mask))
+                          for r in (right, right[torch.randperm(400)]))
+    assert informed > 0.02 and shuffled < 0.002
+    counts = eapo.entropy_histogram(torch.tensor([[.1, .13, 9.]]), torch.tensor([True]),
+                                    torch.tensor([[True, True, True]]))
+    assert counts[1, [0, 1, 31]].tolist() == [1, 1, 1] and counts.sum() == 3
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -233,37 +356,38 @@ def test_without_the_lower_bound_a_bad_token_costs_rho():
 
 
 def test_a_token_weighs_the_same_or_a_group_does():
-    """Groups of 2 with 1 + 3 and 2 + 2... tokens: 4 and 6 in all. By tokens each weighs 1/10; by
-    groups, as Eq. 2 is printed, 1/(2*4) in the first and 1/(2*6) in the second."""
+    """Groups of 2 with 1 + 3 and 2 + 4 tokens. By tokens each counts 1, in all 10; by groups, as
+    Eq. 2 is printed, 1/4 in the first and 1/6 in the second, in all 2, the number of groups."""
     mask = torch.arange(4) < torch.tensor([[1], [3], [2], [4]])
     by_token, by_group = (token_weights(mask, 2, mode) for mode in ("tokens", "group"))
-    assert by_token[mask].tolist() == pytest.approx([1 / 10] * 10)
-    assert by_group[mask].tolist() == pytest.approx([1 / 8] * 4 + [1 / 12] * 6)
+    assert by_token[mask].tolist() == [1] * 10
+    assert by_group[mask].tolist() == pytest.approx([1 / 4] * 4 + [1 / 6] * 6)
     assert not by_token[~mask].any() and not by_group[~mask].any()
 
 
 @pytest.mark.parametrize("loss_mean", ["tokens", "group"])
 def test_cutting_a_mini_batch_into_micro_batches_does_not_change_the_gradient(loss_mean):
-    """Micro-batches of one row, of some, of all: the same gradient."""
+    """Micro-batches of one row, of some, of all: the same gradient, and the loss is the mean over
+    tokens, or over groups of their means, of a naive surrogate."""
     grads = []
     for tokens in (1, 20, 1000):
-        policy, batch = Policy(tiny_lm().double(), False), tiny_batch(8)
+        run = a_run(tiny_lm().double(), "--group-size", 4, "--microbatch-tokens", tokens,
+                    "--loss-mean", loss_mean)
+        batch = tiny_batch(8)
         torch.manual_seed(1)
         batch.A = torch.randn(batch.mask.shape).double() * batch.mask
+        batch.quadrant = torch.ones_like(batch.mask, dtype=torch.long) * batch.mask
         with torch.no_grad():
-            logp, batch.H = policy(batch, 1.0)
+            logp, batch.H = run.policy(batch, 1.0)
         batch.logp = logp - 0.1 * torch.randn(logp.shape).double() * batch.mask
-        cfg = eapo.parse_args(["--group-size", "4", "--microbatch-tokens", str(tokens),
-                               "--loss-mean", loss_mean])
-        kept = []
-        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        optimizer.zero_grad = lambda **_: kept.extend(p.grad for p in policy.parameters())
-        run = eapo.Run(cfg, policy, None, [1], policy.lm)
-        loss, _, _ = eapo.learn(run, optimizer, batch, "test")
-        rho = (logp - batch.logp).exp()[batch.mask]
-        A = batch.A[batch.mask]
+        kept, optimizer = [], torch.optim.SGD(run.policy.parameters(), lr=0.0)
+        optimizer.zero_grad = lambda **_: kept.extend(p.grad for p in run.policy.parameters())
+        loss, _, _, _ = eapo.learn(run, optimizer, batch, "test")
+        rho, A = (logp - batch.logp).exp(), batch.A
         gain = torch.minimum(rho * A, rho.clamp(.8, 1.28) * A)
-        assert loss_mean == "group" or loss == pytest.approx(-float(gain.mean()), abs=1e-6)
+        means = [gain[g][batch.mask[g]].mean() for g in (slice(0, 4), slice(4, 8))]
+        mean = gain[batch.mask].mean() if loss_mean == "tokens" else sum(means) / 2
+        assert loss == pytest.approx(-float(mean), abs=1e-6)
         grads.append(torch.cat([g.flatten() for g in kept]))
     assert grads[0].norm() > 1e-3
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-7)
@@ -286,7 +410,7 @@ def test_chunked_log_probabilities_and_entropies_equal_the_naive_ones(monkeypatc
     monkeypatch.setattr(eapo, "CHUNK", 2 * 32)
     batch = tiny_batch(5)
     lm, other = tiny_lm(tied=tied), tiny_lm(tied=tied)
-    logp, H = Policy(lm, False)(batch, 0.7)
+    logp, H = Policy(lm)(batch, 0.7)
     (logp.sum() + 3 * (H * batch.mask).square().sum()).backward()
     total = 0
     for i in range(5):
@@ -306,13 +430,13 @@ def test_no_matrix_of_logits_is_larger_than_a_chunk(monkeypatch):
     monkeypatch.setattr(eapo, "CHUNK", 3 * 32)
     sizes, lm = [], tiny_lm()
     lm.get_output_embeddings().register_forward_hook(lambda m, i, out: sizes.append(out.numel()))
-    Policy(lm, False)(tiny_batch(5), 1.0)[0].sum().backward()
+    Policy(lm)(tiny_batch(5), 1.0)[0].sum().backward()
     chunks = -(-int(tiny_batch(5).response_len.sum()) // 3)
     assert max(sizes) <= 3 * 32 and len(sizes) == 2 * chunks
 
 
 def test_neighbours_and_padding_leave_log_probabilities_unchanged():
-    batch, policy = tiny_batch(6), Policy(tiny_lm(), False)
+    batch, policy = tiny_batch(6), Policy(tiny_lm())
     together = policy(batch, 1.0)
     for i in range(6):
         alone = policy(batch.rows(torch.tensor([i])), 1.0)
@@ -326,10 +450,10 @@ def test_the_stop_token_is_trained_on_and_prompt_and_padding_are_not():
     batch, lm = tiny_batch(4), tiny_lm()
     assert batch.mask.sum(1).equal(batch.response_len)
     assert all(batch.response(i)[-1] == 1 for i in range(4))
-    logp, _ = Policy(lm, False)(batch, 1.0)
+    logp, _ = Policy(lm)(batch, 1.0)
     last = logp[range(4), batch.response_len - 1]
     A = torch.ones(4, 1) * batch.mask
-    loss = policy_loss(logp, logp.detach(), A, token_weights(batch.mask, 4, "tokens"), *CLIPS)
+    loss = policy_loss(logp, logp.detach(), A, batch.mask / batch.mask.sum(), *CLIPS)
     grad = torch.autograd.grad(loss, logp)[0]
     assert (last != 0).all()
     torch.testing.assert_close(grad, -(batch.mask / batch.mask.sum()))
@@ -337,17 +461,16 @@ def test_the_stop_token_is_trained_on_and_prompt_and_padding_are_not():
 
 # ---- sampling ------------------------------------------------------------------------------------
 
-PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
+PROMPTS, SEEDS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]], [1, 2, 3]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_samplers_log_probabilities_are_those_of_the_update(temperature):
     """Left-padded prompts, a repeated cache, rows that leave early: the same numbers as one
     forward pass over the finished text."""
-    torch.manual_seed(0)
     lm = tiny_lm()
-    batch = eapo.sample_loop(lm, PROMPTS, 8, 12, temperature, 1.0, [1, 2, 3])
-    logp, H = Policy(lm, False)(batch, temperature)
+    batch = eapo.sample_loop(lm, PROMPTS, 8, 12, temperature, 1.0, [*range(1, 9)], SEEDS)
+    logp, H = Policy(lm)(batch, temperature)
     assert 0 < int(batch.ended.sum()) < 24 and len(set(batch.response_len.tolist())) > 3
     torch.testing.assert_close(batch.logp, logp, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(batch.H, H, rtol=1e-3, atol=1e-4)
@@ -361,7 +484,7 @@ def test_greedy_responses_of_loop_and_engine_are_those_of_generate():
                           max_new_tokens=9, do_sample=False, eos_token_id=[1, 4])
         want += [out[0, len(prompt):].tolist()] * G
     for sample in (eapo.sample_loop, eapo.sample_engine):
-        batch = sample(lm, PROMPTS, G, 9, 0, 1.0, [1, 4])
+        batch = sample(lm, PROMPTS, G, 9, 0, 1.0, [1, 4], SEEDS)
         assert [batch.response(i) for i in range(6)] == want, sample.__name__
         assert batch.ended.tolist() == [w[-1] in (1, 4) for w in want]
 
@@ -369,7 +492,7 @@ def test_greedy_responses_of_loop_and_engine_are_those_of_generate():
 def test_the_engine_draws_from_the_same_distribution_group_by_group():
     """One-token responses: 3 prompts x 400 draws against softmax(logits / 0.8), no hidden top-k."""
     lm, n = tiny_lm(seed=1), 400
-    batch = eapo.sample_engine(lm, PROMPTS, n, 1, 0.8, 1.0, [1])
+    batch = eapo.sample_engine(lm, PROMPTS, n, 1, 0.8, 1.0, [1], SEEDS)
     for g, prompt in enumerate(PROMPTS):
         drawn = batch.ids[g * n:(g + 1) * n, len(prompt)]
         assert batch.ids[g * n, :len(prompt)].tolist() == prompt
@@ -380,24 +503,43 @@ def test_the_engine_draws_from_the_same_distribution_group_by_group():
 
 
 def test_draw_follows_temperature_and_top_p():
-    """p = .5 .3 .2: top-p .6 keeps the first two (.5 < .6), renormalised to .625 and .375; top-p .5
-    keeps one. At temperature 1/2 p goes as its square: .25 .09 .04 over .38."""
-    torch.manual_seed(0)
-    logits = torch.tensor([.5, .3, .2]).log().expand(20000, 3)
-    share = lambda *how: (torch.bincount(eapo.draw(logits, *how), minlength=3) / 20000).tolist()
-    assert share(1.0, 1.0) == pytest.approx([.5, .3, .2], abs=.015)
-    assert share(1.0, .6) == pytest.approx([.625, .375, 0], abs=.015)
-    assert share(1.0, .5) == [1, 0, 0] and share(0, 1.0) == [1, 0, 0]
-    assert share(0.5, 1.0) == pytest.approx([.658, .237, .105], abs=.015)
+    """p = .5 .3 .2, laid end to end, over even u: top-p .6 keeps the first two (.5 < .6), which
+    share the line as .625 and .375; top-p .5 keeps one. At temperature 1/2 p goes as its square:
+    .25 .09 .04 over .38."""
+    logits = torch.tensor([.2, .5, .3]).log().expand(20000, 3)
+    u = (torch.arange(20000) + .5) / 20000
+    share = lambda *how: (torch.bincount(eapo.draw(logits, u, *how), minlength=3) / 20000).tolist()
+    assert share(1.0, 1.0) == pytest.approx([.2, .5, .3], abs=1e-3)
+    assert share(1.0, .6) == pytest.approx([0, .625, .375], abs=1e-3)
+    assert share(1.0, .5) == [0, 1, 0] and share(0, 1.0) == [0, 1, 0]
+    assert share(0.5, 1.0) == pytest.approx([.105, .658, .237], abs=1e-3)
+
+
+def test_no_token_without_probability_is_ever_drawn():
+    """u at both ends of [0, 1), and tokens of probability 0 at both ends of the vocabulary."""
+    logits = torch.tensor([[float("-inf"), 0, 0, float("-inf")]])
+    for u, token in ((0.0, 1), (1 - 2 ** -24, 2)):
+        assert eapo.draw(logits, torch.tensor([u]), 1.0, 1.0).tolist() == [token]
+
+
+def test_a_response_depends_on_its_prompts_seed_and_not_on_its_neighbours():
+    """Sampled with others and alone, in another order: the same tokens."""
+    lm, how = tiny_lm(), (4, 12, 1.0, 0.9, [1, 2, 3])
+    together = eapo.sample_loop(lm, PROMPTS, *how, SEEDS)
+    for g in (2, 0, 1):
+        alone = eapo.sample_loop(lm, PROMPTS[g:g + 1], *how, SEEDS[g:g + 1])
+        assert [alone.response(i) for i in range(4)] == \
+            [together.response(4 * g + i) for i in range(4)]
+    assert together.response(0) != together.response(1)
 
 
 def test_a_row_that_stops_does_not_disturb_the_others():
     """Greedy rows are independent: with and without the neighbours that stop early."""
     lm = tiny_lm(seed=3)
-    all_rows = eapo.sample_loop(lm, PROMPTS, 1, 20, 0, 1.0, [1, 4, 7, 9])
+    all_rows = eapo.sample_loop(lm, PROMPTS, 1, 20, 0, 1.0, [1, 4, 7, 9], SEEDS)
     assert len(set(all_rows.response_len.tolist())) > 1
     for i, prompt in enumerate(PROMPTS):
-        alone = eapo.sample_loop(lm, [prompt], 1, 20, 0, 1.0, [1, 4, 7, 9])
+        alone = eapo.sample_loop(lm, [prompt], 1, 20, 0, 1.0, [1, 4, 7, 9], [0])
         assert all_rows.response(i) == alone.response(0)
 
 
@@ -497,10 +639,11 @@ def test_the_defaults_are_the_papers_and_the_tiny_models_fit_a_laptop():
 
 def test_a_stream_gives_every_problem_once_an_epoch_and_resumes_from_its_position():
     one, two = eapo.Stream(list(range(10)), 0), eapo.Stream(list(range(10)), 0)
-    taken = one.take(7) + one.take(7) + one.take(6)
+    numbers, taken = zip(*one.take(7), *one.take(7), *one.take(6))
+    assert numbers == tuple(range(20))
     assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10)) and taken[:10] != taken[10:]
     two.position = 7
-    assert two.take(13) == taken[7:]
+    assert tuple(two.take(13)) == tuple(zip(numbers, taken))[7:]
 
 
 # ---- the verifier --------------------------------------------------------------------------------
@@ -694,27 +837,32 @@ def test_pass_at_k_is_the_share_of_samples_of_k_that_hold_a_right_one():
 
 def test_groups_that_agree_are_replaced_up_to_the_cap(monkeypatch):
     """Problem i is always right if i % 3 == 0, always wrong if 1, else mixed. The first round of 6
-    keeps 2, so 4 more are tried, and so on, until 6 are kept or the rounds are used up."""
-    def fake(run, problems, n, temperature, top_p):
-        kinds = torch.tensor([p % 3 for p in problems]).repeat_interleave(n)
+    keeps 2, so 4 more are tried, and so on, until 6 are kept or the rounds are used up. Then every
+    kept group is in exactly one mini-batch, whole, and no other is in any."""
+    def fake(run, numbered, what, n, temperature, top_p):
+        kinds = torch.tensor([p % 3 for _, p in numbered]).repeat_interleave(n)
         right = torch.where(kinds == 2, torch.arange(len(kinds)) % 2, kinds == 0).bool()
+        ids = torch.tensor([p for _, p in numbered]).repeat_interleave(n)[:, None].expand(-1, 2)
         lens = torch.ones(len(kinds), dtype=torch.long)
-        return Batch(torch.ones(len(kinds), 2, dtype=torch.long), lens, lens, right=right,
-                     reward=torch.where(right, 1.0, -1.0))
+        return Batch(ids, lens, lens, right=right, reward=torch.where(right, 1.0, -1.0))
     monkeypatch.setattr(eapo, "attempt", fake)
     for cap, tried in ((0, 6), (1, 10), (20, None)):
-        cfg = eapo.parse_args(["--prompts-per-step", "6", "--group-size", "4",
-                               "--resample", str(cap)])
+        run = a_run(None, "--prompts-per-step", 6, "--group-size", 4, "--resample", cap,
+                    "--prompts-per-minibatch", 2)
         numbers = iter(range(1000))
-        stream = type("", (), {"take": lambda self, n: list(itertools.islice(numbers, n))})()
-        batch, rows = eapo.roll_out(eapo.Run(cfg, None, None, [1], None), stream)
-        groups = batch.right[rows].view(-1, 4).float().mean(1)
-        assert (groups == 0.5).all()
-        assert len(batch.ids) == 4 * tried if tried else len(groups) == 6
+        stream = type("", (), {"take": lambda self, n: [(i, i) for i in
+                                                        itertools.islice(numbers, n)]})()
+        batch, groups = eapo.roll_out(run, stream)
+        assert all((number is not None) == (p % 3 == 2) for number, p in groups)
+        assert len(groups) == tried if tried else sum(n is not None for n, _ in groups) == 6
+        minis = list(eapo.mini_batches(run, batch, groups, 1))
+        seen = [p for mini in minis for p in mini.ids[:, 0].view(-1, 4).tolist()]
+        assert sorted(seen) == sorted([p] * 4 for n, p in groups if n is not None)
+        assert max(len(m.ids) for m in minis) <= 8
 
 
 TOY = ["--warmup-steps", 0, "--prompts-per-step", 8, "--prompts-per-minibatch", 4,
-       "--max-response-tokens", 8, "--learning-rate", 1e-3, "--eval-problems", 8]
+       "--max-response-tokens", 8, "--learning-rate", 1e-3]
 
 
 def test_twenty_steps_on_a_toy_task_raise_the_reward(tmp_path, monkeypatch):
@@ -772,18 +920,19 @@ def test_the_trained_model_is_an_ordinary_folder_that_trains_on(two_runs, tmp_pa
 def test_looking_does_not_change_the_run(tmp_path):
     """Two exams of one model give the same answers, and leave the random generator as it was."""
     cfg = config(tmp_path, "--max-response-tokens", 8)
-    run = eapo.load(cfg)
+    run = eapo.load(cfg, eapo.World(cfg))
     exams = {"x": eapo.prepare(eapo.addition("exam")[:4], run.tokenizer, cfg, "x")}
-    one = eapo.sit_exams(run, exams)[1]["x"].ids
+    one = eapo.sit_exams(run, exams, 0)[2]["x"].ids
     torch.rand(1)                               # a step of training in between
     state = torch.get_rng_state()
-    two = eapo.sit_exams(run, exams)[1]["x"].ids
+    two = eapo.sit_exams(run, exams, 1)[2]["x"].ids
     assert one.equal(two) and torch.get_rng_state().equal(state)
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(two_runs):
     with pytest.raises(SystemExit, match="holds the metrics of another run"):
-        eapo.open_run(config(two_runs[0]))
+        cfg = config(two_runs[0])
+        eapo.open_run(cfg, eapo.World(cfg))
 
 
 def test_bf16_matmuls_sample_from_a_fresh_copy_and_score_with_the_policy(tmp_path, monkeypatch):
@@ -807,16 +956,186 @@ def test_bf16_matmuls_sample_from_a_fresh_copy_and_score_with_the_policy(tmp_pat
 
 
 def test_overlong_responses_lose_up_to_one(tmp_path, monkeypatch):
-    """L_max 8, cache 4: lengths 4, 6, 8 of right responses earn 1, 1 - 2/4, 1 - 4/4."""
-    cfg = config(tmp_path, "--max-response-tokens", 8, "--overlong-cache", 4)
-    run = eapo.load(cfg)
+    """L_max 8, the last half: lengths 4, 6, 8 of right responses earn 1, 1 - 2/4, 1 - 4/4."""
+    cfg = config(tmp_path, "--max-response-tokens", 8, "--overlong", 0.5)
+    run = eapo.load(cfg, eapo.World(cfg))
     batch = eapo.pack([[5]] * 3, [[6] * n for n in (4, 6, 8)], "cpu")
     batch.logp = batch.H = torch.zeros(3, 8)
     monkeypatch.setattr(eapo, "sample_loop", lambda *args: batch)
     monkeypatch.setattr(eapo, "is_correct", lambda text, gold: True)
-    problem = [Problem("x", "1", ids=[5])]
-    assert eapo.attempt(run, problem, 3, 1.0, 1.0).reward.tolist() == [1, 0.5, 0]
+    numbered = [(0, Problem("x", "1", ids=[5]))]
+    assert eapo.attempt(run, numbered, "test", 3, 1.0, 1.0).reward.tolist() == [1, 0.5, 0]
+
+
+# ---- many processes, checkpoints, the plan -------------------------------------------------------
+
+SMALL = ["--warmup-steps", "4", "--warmup-batch", "4", "--prompts-per-step", "4", "--group-size",
+         "4", "--prompts-per-minibatch", "2", "--max-response-tokens", "10", "--learning-rate",
+         "1e-3", "--eval-every", "3", "--steps", "3"]
+CHILD = """
+import sys, torch, eapo
+torch.set_num_threads(1)
+eapo.is_correct = lambda text, gold: len(text) % 2 == 1 and ("7" in text or "even" not in sys.argv[1])
+eapo.addition, real = (lambda split: real(split, 64, 64, 8)), eapo.addition
+eapo.main(sys.argv[2:])
+"""
+
+
+def start(what, args, processes=1):
+    """eapo in processes of its own, with an easy verifier and few problems: a Popen."""
+    child = os.path.join(os.path.dirname(args[args.index("--out") + 1]), "child.py")
+    with open(child, "w") as f:
+        f.write(CHILD)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
+              str(random.randint(20000, 40000))] if processes > 1 else []
+    env = os.environ | {"PYTHONPATH": os.path.dirname(eapo.__file__), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *launch, child, what, *args], env=env,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finished(*processes):
+    for p in processes:
+        _, errors = p.communicate(timeout=300)
+        assert p.returncode == 0, errors[-2000:]
+
+
+def metrics_and_weights(folder):
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    return rows, safetensors.torch.load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_processes_do_what_one_does(tmp_path, tied):
+    """The same losses, gradient norms and metrics within 1e-5, the same weights after 3 steps
+    within 1e-4. Responses are of uneven length; untied, few groups disagree, so that a process has
+    steps without a group of its own."""
+    model = ["--model", "tiny"]
+    if not tied:
+        lm, tokenizer = eapo.tiny_model(0)
+        config = lm.config
+        config.tie_word_embeddings = False
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
+        tokenizer.save_pretrained(tmp_path / "lm")
+        model = ["--model", str(tmp_path / "lm"), "--train-data", "addition", "--eval-data",
+                 "addition", "--warmup-data", "addition", "--resample", "1", "--top-p", "1"]
+    what = "even" if tied else "rare even"
+    args = [[*model, *SMALL, "--out", str(tmp_path / name)] for name in ("one", "two")]
+    finished(start(what, args[0]), start(what, args[1], processes=2))
+    (rows, weights), (rows_2, weights_2) = (metrics_and_weights(tmp_path / x)
+                                            for x in ("one", "two"))
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for one, two in zip(rows, rows_2):
+        assert one == pytest.approx(two, abs=1e-5, rel=1e-5)
+    assert sum(row.get("grad_norm", 0) for row in rows) > 0
+    assert weights.keys() == weights_2.keys()
+    for name, w in weights.items():
+        torch.testing.assert_close(w, weights_2[name], rtol=0, atol=1e-4)
+
+
+def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(tmp_path):
+    """kill -9 after the checkpoint of step 2, --resume, and 4 steps in all: bit for bit the metrics
+    (but timings) and weights of 4 steps in one go."""
+    args = ["--model", "tiny", *SMALL, "--steps", "4", "--save-every", "2", "--out"]
+    finished(start("even", [*args, str(tmp_path / "whole")]))
+    killed = start("even", [*args[:-1], "--steps", "4000", "--out", str(tmp_path / "killed")])
+    path = tmp_path / "killed" / "checkpoint" / "step-000002" / "state.json"
+    while not path.exists() and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    for later in (tmp_path / "killed" / "checkpoint").iterdir():
+        if later.name != "step-000002":         # it may have come further: go on from step 2
+            shutil.rmtree(later)
+    finished(start("even", ["--resume", str(tmp_path / "killed"), "--steps", "4", "--out",
+                            str(tmp_path / "killed")]))
+    (rows, weights), (rows_2, weights_2) = (metrics_and_weights(tmp_path / x)
+                                            for x in ("whole", "killed"))
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows == rows_2
+    assert all(w.equal(weights_2[name]) for name, w in weights.items())
+    assert sorted(os.listdir(tmp_path / "whole" / "checkpoint")) == ["step-000002", "step-000004"]
+
+
+def test_a_signal_ends_a_run_after_its_step_and_it_can_go_on(tmp_path):
+    """SIGTERM in the middle of RL: a checkpoint, a model, and exit 0."""
+    out = tmp_path / "run"
+    args = ["--model", "tiny", *SMALL, "--steps", "4000", "--out", str(out)]
+    process = start("even", args)
+    while process.poll() is None and (not (out / "metrics.jsonl").exists()
+                                      or len(open(out / "metrics.jsonl").readlines()) < 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    finished(process)
+    step = len(open(out / "metrics.jsonl").readlines()) - 1
+    assert os.listdir(out / "checkpoint") == [f"step-{step:06}"] and (out / "model").exists()
+
+
+def test_resuming_with_other_settings_or_data_is_refused(tmp_path, two_runs):
+    folder = str(two_runs[0] / "run")
+    with pytest.raises(SystemExit, match="--seed 5 .was 0."):
+        eapo.parse_args(["--resume", folder, "--seed", "5"])
+    assert eapo.parse_args(["--resume", folder, "--steps", "9"]).steps == 9
+    with pytest.raises(SystemExit, match="no such file"):
+        eapo.parse_args(["--resume", str(tmp_path)])
+    run, stream = a_run(), eapo.Stream([Problem("1+1", "2")], 0)
+    optimizer = torch.optim.AdamW(run.policy.parameters())
+    with pytest.raises(SystemExit, match="holds no checkpoint"):
+        eapo.load_checkpoint(run, optimizer, stream, str(tmp_path))
+    eapo.save_checkpoint(run, optimizer, stream, 3, str(tmp_path))
+    assert eapo.load_checkpoint(run, optimizer, stream, str(tmp_path)) == 3
+    with pytest.raises(SystemExit, match="its problems differ"):
+        eapo.load_checkpoint(run, optimizer, eapo.Stream([Problem("1+2", "3")], 0), str(tmp_path))
+
+
+def test_the_plan_counts_what_the_paper_run_holds(tmp_path, monkeypatch, capsys):
+    """Qwen2.5-Math-7B has 7.6e9 parameters: 30.5 GB of weights, as much of gradients, 61 of
+    moments. No machine of ours holds them: one line says so, with a remedy."""
+    transformers.Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4,
+        tie_word_embeddings=False).save_pretrained(tmp_path)
+    cfg = eapo.parse_args(["--model", str(tmp_path)])
+    monkeypatch.setattr(os, "sysconf", lambda name: 10 ** 5)        # 10 GB
+    with pytest.raises(SystemExit, match="needs about .* GB of 10 GB: use a smaller model"):
+        eapo.plan(cfg, eapo.World(cfg))
+    said = capsys.readouterr().out
+    assert "7615.6M parameters" in said and "weights 30.46, gradients 30.46, moments 60.92" in said
+    # 2 (keys, values) x 28 layers x 4 heads x 128 x 4 bytes = 115 KB a token, 4096 tokens, 8 rows
+    assert f"kv_cache {2 * 28 * 4 * 128 * 4 * 4096 * 8 / 1e9:.2f}" in said
+
+
+def test_log_probabilities_entropies_and_backward_never_hold_full_logits(monkeypatch):
+    """Tensors kept for backward, and the largest one made, for 512 tokens at V = 4096, beyond the
+    head's weight and gradient: under 1/8 of what full logits take."""
+    V, D, M = 4096, 32, 512
+    head, y = torch.nn.Linear(D, V, bias=False), torch.randint(V, (M,))
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor):
+                    sizes.append(x.numel())
+            return out
+
+    def measured(logp_and_entropy):
+        sizes.clear()
+        kept = []
+        h = torch.randn(M, D, requires_grad=True)
+        with Largest(), torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.append(x.numel()) or x, lambda x: x):
+            logp, H = logp_and_entropy(h)
+            (logp.sum() + H.sum()).backward()
+        return max(n for n in sizes if n != V * D), sum(n for n in kept if n != V * D)
+
+    sizes = []
+    monkeypatch.setattr(eapo, "CHUNK", 32 * V)
+    full = measured(lambda h: eapo.log_prob_and_entropy(head(h), y, 1.0))
+    ours = measured(lambda h: eapo.chunked_log_prob_and_entropy(h, head, y, 1.0))
+    assert full[0] >= M * V and 8 * ours[0] <= full[0]
+    assert 8 * ours[1] <= full[1]
 
 
 if __name__ == "__main__":
-    raise SystemExit(pytest.main([__file__, *os.sys.argv[1:]]))
+    raise SystemExit(pytest.main([__file__, *sys.argv[1:]]))
