@@ -196,7 +196,7 @@ def reading(source):
     """Around what reads a model or data set: no such folder, no network ... become one line."""
     try:
         yield
-    except OSError as e:
+    except (OSError, json.JSONDecodeError) as e:
         raise SystemExit(f"eapo: cannot read {source}: {str(e).splitlines()[0]}") from e
 
 
@@ -912,7 +912,8 @@ def load_data(cfg, tokenizer):
     def get(source, split):
         return prepare(load_problems(source, split), tokenizer, cfg, f"{source} ({split})")
     exams = {}
-    for source in cfg.eval_data.replace(" ", "").split(",") if cfg.eval_every else []:
+    wanted = cfg.eval_data.replace(" ", "").split(",") if cfg.eval_every or cfg.eval_only else []
+    for source in wanted:
         name = os.path.basename(source).replace(":", "-")
         for ending in (".jsonl", ".json", ".csv", ".parquet"):
             name = name.removesuffix(ending)
@@ -1211,30 +1212,34 @@ class Run:
     fresh: bool = False         # whether the copy holds today's weights
     gap: float = 0.0            # mean |log pi_sampler - log pi_old| of the last rollout, nats
     seconds: dict = field(default_factory=dict)     # of this step, by phase
+    bytes: dict = field(default_factory=dict)       # peak of GPU memory, by phase
 
     @contextlib.contextmanager
     def timed(self, phase):
-        """Add the time of a with-block to seconds[phase]; name the phase if it fails."""
-        start = time.perf_counter()
-        try:
+        """Add the time of a with-block to seconds[phase], its peak of GPU memory to bytes."""
+        start, cuda = time.perf_counter(), self.world.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with self.world.named(phase):
             yield
-        except RuntimeError as e:
-            e.add_note(f"eapo: this happened on rank {self.world.rank}, in the phase {phase}")
-            raise
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        if cuda:
+            self.bytes[phase] = max(self.bytes.get(phase, 0), torch.cuda.max_memory_allocated())
 
     def start_step(self):
         """Reset the clocks -> the time now."""
         self.seconds = dict.fromkeys(("sample", "score", "update"), 0.0)
+        self.bytes = dict.fromkeys(self.seconds, 0)
         return time.perf_counter()
 
     def clocks(self, start, metrics):
         """The metrics of time and memory, for the step that began at start."""
-        seconds, cuda = time.perf_counter() - start, self.world.device.type == "cuda"
+        seconds = time.perf_counter() - start
         m = dict(seconds=seconds, **{f"seconds_{phase}": x for phase, x in self.seconds.items()},
                  tokens_per_second=metrics["response_tokens"] / seconds)
         return {key: round(x, 6) for key, x in m.items()} | {
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0}
+            "peak_memory_bytes": max(self.bytes.values()),
+            **{f"bytes_{phase}": x for phase, x in self.bytes.items()}}
 
     @torch.no_grad()
     def fill_sampler(self):
@@ -1487,11 +1492,13 @@ def mini_batches(run, batch, groups, step):
                           + torch.arange(cfg.group_size, device=device)).flatten())
 
 
-def interval(shares, draws=2000):
-    """95% bootstrap interval of a mean over questions: (questions,) -> low, high."""
-    g = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(shares), (draws, len(shares)), generator=g)
-    return torch.quantile(shares[picks].mean(1), torch.tensor([0.025, 0.975])).tolist()
+def with_interval(name, k, shares, draws=2000):
+    """A mean over questions, (questions,), and its 95% interval by bootstrap over questions, as
+    metrics name@k, name_low, name_high."""
+    dice = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(shares), (draws, len(shares)), generator=dice)
+    low, high = torch.quantile(shares[picks].mean(1), torch.tensor([0.025, 0.975]))
+    return {f"{name}@{k}": shares.mean(), f"{name}_low": low, f"{name}_high": high}
 
 
 def sit_exams(run, exams, step):
@@ -1512,11 +1519,12 @@ def sit_exams(run, exams, step):
                  per_rank[j % len(per_rank)][j // len(per_rank) * k:][:k]]
         rows += every
         c = torch.tensor([row["right"] for row in every]).view(-1, k).sum(1)            # (B,)
-        low, high = interval(c / k)
         total, n = sum(row["tokens"] for row in every), len(every)
+        sizes = [2 ** j for j in range(k.bit_length()) if 2 ** j < k] * cfg.eval_only + [k]
+        curve = {f"pass@{j}": sum(pass_at_k(k, int(x), j) for x in c) / len(c) for j in sizes}
         metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in {
-            f"avg@{k}": (c / k).mean(), "avg_low": low, "avg_high": high,
-            f"pass@{k}": sum(pass_at_k(k, int(right), k) for right in c) / len(c),
+            **with_interval("avg", k, c / k), **curve,
+            **with_interval("pass", k, torch.tensor([pass_at_k(k, int(x), k) for x in c])),
             "entropy": sum(row["entropy"] * row["tokens"] for row in every) / total,
             "length": total / n,
             "truncated": sum(not row["ended"] for row in every) / n}.items()}
@@ -1568,6 +1576,7 @@ class World:
         self.rank, self.size = (int(os.environ.get(x, y)) for x, y in (("RANK", 0),
                                                                        ("WORLD_SIZE", 1)))
         cuda, self.stop, self.signalled = torch.cuda.is_available(), False, 0.0
+        self.phase = "start"
         self.device = torch.device("cpu")
         if cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1603,8 +1612,19 @@ class World:
         """[x of process 0, x of process 1 ...], on every process; all must call it."""
         parts = [x] * self.size
         if self.size > 1:
-            dist.all_gather_object(parts, x)
+            with self.named(self.phase):
+                dist.all_gather_object(parts, x)
         return parts
+
+    @contextlib.contextmanager
+    def named(self, phase):
+        """Name the phase and the process if a with-block fails, as when others do not answer."""
+        self.phase = phase
+        try:
+            yield
+        except RuntimeError as e:
+            e.add_note(f"eapo: process {self.rank} of {self.size}, in or after the phase {phase}")
+            raise
 
     def share(self, items):
         """The part of a list that this process works on."""
@@ -1837,7 +1857,7 @@ class Look:
                 replace_file(os.path.join(self.out, "eval.json"),
                              json.dumps({"step": step, **found}, indent=2))
         self.rows.append({"step": step, **metrics})
-        if world.rank == 0 and not cfg.eval_only:
+        if world.rank == 0:
             with open(os.path.join(self.out, "metrics.jsonl"), "a") as f:
                 f.write(json.dumps(self.rows[-1]) + "\n")
 
@@ -1897,14 +1917,14 @@ class Look:
 
     def table(self, results):
         """Print {label: metrics of the exams}, a line each."""
-        k = self.run.cfg.eval_samples
-        print(f"\n{'':28}{f'Avg@{k}':>8}{'95% interval':>18}{f'Pass@{k}':>10}{'entropy, nats':>16}")
+        k, say = self.run.cfg.eval_samples, self.run.world.print
+        say(f"\n{'':28}{f'Avg@{k}':>8}{'95% interval':>18}{f'Pass@{k}':>10}{'entropy, nats':>16}")
         for label, m in results.items():
             for name in self.exams:
                 x = {key.rpartition("/")[2]: value for key, value in m.items()
                      if f"/{name}/" in key}
-                print(f"{label + ' on ' + name:28}{x[f'avg@{k}']:8.3f}{x['avg_low']:10.3f} .. "
-                      f"{x['avg_high']:.3f}{x[f'pass@{k}']:10.3f}{x['entropy']:16.3f}")
+                say(f"{label + ' on ' + name:28}{x[f'avg@{k}']:8.3f}{x['avg_low']:10.3f} .. "
+                    f"{x['avg_high']:.3f}{x[f'pass@{k}']:10.3f}{x['entropy']:16.3f}")
 
     def responses(self, before, after):
         """Print responses of the base and of the trained model, the tokens coloured by quadrant."""
@@ -2061,7 +2081,8 @@ def compare(folders):
     apart = [name for name in fields if name not in ("seed", "out", "versions")
              and len({str(config.get(name)) for config, _ in found.values()}) > 1]
     for folder, (config, rows) in found.items():
-        label = ", ".join(f"{name} {config.get(name)}" for name in apart)
+        label = ", ".join(f"{name} {config[name]}" for name in apart
+                          if config.get(name) not in ("", None))
         runs.setdefault(label or os.path.basename([*found][0]), []).append(rows)
     return runs
 # --------------------------------------------------------------------------------------------------
@@ -2078,7 +2099,7 @@ def train(cfg):
     stream, exams, solutions = load_data(cfg, run.tokenizer)
     look = Look(run, out, exams)
     if cfg.eval_only:
-        return look.at(0, {}) or look.summary()
+        return look.at(0, {}) or look.table({cfg.model: look.rows[0]})
     doctor(run, stream.problems)
     world.print(f"this run is in {out}")
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0,
@@ -2127,6 +2148,7 @@ def main(argv=None):
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     if cfg.compare:
         folder = cfg.out or "runs"
+        os.makedirs(folder, exist_ok=True)
         replace_file(os.path.join(folder, "report.html"), report(compare(cfg.compare.split(","))))
         return print(f"eapo: {folder}/report.html")
     n = torch.cuda.device_count()

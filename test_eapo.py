@@ -3,6 +3,7 @@
 Expected values are worked out by hand in the docstring, or come from something independent of the
 code under test: autograd, a naive loop, transformers' own generate. No download, no GPU.
 """
+import html.parser
 import itertools
 import json
 import math
@@ -1135,6 +1136,184 @@ def test_log_probabilities_entropies_and_backward_never_hold_full_logits(monkeyp
     ours = measured(lambda h: eapo.chunked_log_prob_and_entropy(h, head, y, 1.0))
     assert full[0] >= M * V and 8 * ours[0] <= full[0]
     assert 8 * ours[1] <= full[1]
+
+
+@pytest.mark.parametrize("gpus, launched", [("0", "8"), ("2", "2"), ("1", None)])
+def test_on_several_gpus_the_command_starts_itself_once_a_gpu(monkeypatch, gpus, launched):
+    """8 GPUs are seen: all are used, or --gpus of them; one needs no launcher, and what a launcher
+    started starts no other."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(os, "execv", lambda path, command: calls.append(command))
+    monkeypatch.setattr(eapo, "train", lambda cfg: calls.append("train"))
+    eapo.main(["--gpus", gpus, "--steps", "5"])
+    if launched:
+        assert calls[0][1:6] == ["-m", "torch.distributed.run", "--standalone",
+                                 "--nproc-per-node", launched]
+        assert calls[0][7:] == ["--gpus", gpus, "--steps", "5"]
+    assert (calls[0] == "train") == (launched is None)
+    monkeypatch.setenv("RANK", "0")
+    eapo.main(["--gpus", gpus])
+    assert calls[-1] == "train"
+    with pytest.raises(SystemExit, match="--gpus 9: this machine has 8"):
+        eapo.main(["--gpus", "9"])
+
+
+def test_a_failure_names_the_phase_and_the_process():
+    run = a_run()
+    with pytest.raises(RuntimeError) as e:
+        with run.timed("update"):
+            raise RuntimeError("timed out")
+    assert "process 0 of 1, in or after the phase update" in e.value.__notes__[0]
+
+
+# ---- exams and the report ------------------------------------------------------------------------
+
+def test_an_exam_alone_leaves_verdicts_that_can_be_checked(tmp_path):
+    """Two sets in one go; every response is kept with its verdict, which the verifier repeats; Avg@k
+    and Pass@k are those of the verdicts, with intervals that hold them."""
+    for name in "AB":
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"problem": p.text, "answer": p.answer}) + "\n"
+            for p in eapo.addition("exam")[:5]))
+    eapo.main(["--eval-only", "--eval-data", f"{tmp_path}/A.jsonl,{tmp_path}/B.jsonl",
+               "--eval-samples", "4", "--out", str(tmp_path / "run")])
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "responses.jsonl")]
+    assert [(row["set"], row["problem"]) for row in rows] == [
+        (name, p.text) for name in "AB" for p in eapo.addition("exam")[:5] for _ in range(4)]
+    assert all(eapo.is_correct(row["response"], row["answer"]) == row["right"] for row in rows)
+    found = json.load(open(tmp_path / "run" / "eval.json"))
+    for name in "AB":
+        right = [row["right"] for row in rows if row["set"] == name]
+        assert found[f"eval/{name}/avg@4"] == pytest.approx(sum(right) / 20)
+        assert found[f"eval/{name}/pass@1"] == pytest.approx(sum(right) / 20)
+        assert found[f"eval/{name}/pass@4"] == sum(any(right[i:i + 4]) for i in range(0, 20, 4)) / 5
+        assert found[f"eval/{name}/avg_low"] <= sum(right) / 20 <= found[f"eval/{name}/avg_high"]
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_law():
+    """100 questions, 36 of them right: .36 +- 1.96 sqrt(.36 x .64 / 100) = .266 to .454."""
+    m = eapo.with_interval("avg", 4, torch.tensor([1.] * 36 + [0.] * 64))
+    assert float(m["avg@4"]) == pytest.approx(.36)
+    assert float(m["avg_low"]) == pytest.approx(.266, abs=.015)
+    assert float(m["avg_high"]) == pytest.approx(.454, abs=.015)
+
+
+def test_accounting_adds_up(two_runs):
+    """Shares of the four quadrants sum to 1; a run leaves a report with its own tokens in it."""
+    last = rows_of(two_runs[0])[-1]
+    for what in ("tokens", "advantage", "entropy"):
+        assert sum(last[f"{what}/{q}"] for q in eapo.QUADRANTS) == pytest.approx(1, abs=1e-4)
+    assert any(last[f"drift/{q}"] for q in eapo.QUADRANTS) and last["information"] > 0
+    page = (two_runs[0] / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Token microscope" in page and 'class="PHR"' in page and "rho 1.0" in page
+
+
+EVIL = "<script>alert(1)</script>\"'><img onerror=x>&\n\r\t\0\x1b\u202e\ud800"
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with attributes, and text, as a browser would read them."""
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def report_rows(steps=3, **more):
+    rows = [{"step": 0, "eval/a/b/avg@8": .4, "eval/a/b/avg_low": .3, "eval/a/b/avg_high": .5}]
+    return rows + [dict(step=s, solve_rate=s / 10, entropy=.1, **more,
+                        **{f"{key}/{q}": .25 for q in eapo.MARKS for key in ("tokens", "drift")})
+                   for s in range(1, steps + 1)]
+
+
+def a_group(text):
+    token = (text, 4, .5, math.log(2), -1., -1.1, 1.3, True)
+    return dict(problem=text, answer=text, responses=[dict(right=False, reward=-1, tokens=[token])])
+
+
+def test_what_a_model_or_a_label_says_can_add_no_tag_attribute_or_control_character():
+    tame, evil = [Page(eapo.report({x: [report_rows(**{f"eval/{x}/pass@2": .5})]}, [a_group(x)]))
+                  for x in ("x", EVIL)]
+    assert [(tag, attrs.keys()) for tag, attrs in tame.tags] == [
+        (tag, attrs.keys()) for tag, attrs in evil.tags]
+    assert "script" not in {tag for tag, _ in evil.tags}
+    text = "".join(evil.texts)
+    assert "<script>alert(1)" in text and "↵\n\\r\\t\\x00\\x1b\\u202e\\ud800" in text
+    assert not set(eapo.report({EVIL: [report_rows()]})) & set("\0\t\r\x1b\u202e\ud800")
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_may_not_ask():
+    page = eapo.report({"x": [report_rows()]}, [a_group("x")])
+    assert not any(x in page for x in ("src=", "href=", "url(", "@import", "<script", "<link"))
+    assert "default-src 'none'" in page
+    page.encode()
+
+
+def test_a_token_carries_its_numbers_quadrant_and_shade():
+    """H = log 2: half of the half that an endless H would get is 0.25."""
+    (a,) = [a for a in Page(eapo.report({}, [a_group("x")])).all("a") if "data-t" in a]
+    assert a["class"] == "NHR" and a["style"] == "--h: 0.25" and a["tabindex"] == "0"
+    assert a["data-t"] == ("NHR, p 0.500, H 0.693 nats, A -1.000, A^CA -1.100, rho 1.300, clipped")
+
+
+def test_text_is_made_visible():
+    assert eapo.shown("a\n b\t\xa0é") == "a↵\n b\\t\\xa0é"
+
+
+def test_curve_of_one_seed_has_the_interval_and_of_several_their_range():
+    assert eapo.curve([report_rows()], "eval/a/b/avg@8") == [(0, .3, .4, .5)]
+    assert eapo.curve([report_rows(1), report_rows(1), report_rows(1)[:1] + [dict(step=1, solve_rate=.4)]], "solve_rate") == [
+        (1, .1, pytest.approx(.2), .4)]
+    assert eapo.curve([report_rows(), [{"step": 0, "eval/a/b/avg@8": .8}]], "eval/a/b/avg@8")[0][1:] == (
+        .4, pytest.approx(.6), .8)
+    assert eapo.curve([[dict(step=1, x=math.nan), dict(step=2)]], "x") == []
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 1, "0 0.2 0.4 0.6 0.8 1"), (0, 30, "0 10 20 30"), (0, 220, "0 50 100 150 200 250"),
+    (-.01, .01, "-0.01 -0.005 0 0.005 0.01"), (0, .3, "0 0.1 0.2 0.3"), (7, 7, "7 7.2 7.4 7.6 7.8 8")])
+def test_ticks_are_round_and_enclose_the_data(low, high, expected):
+    assert " ".join(f"{x:.6g}" for x in eapo.ticks(low, high)) == expected
+
+
+def test_charts_without_data_are_left_out_and_a_histogram_may_have_empty_bins():
+    page = eapo.report({"x": [report_rows()], "y": [[]]}, histogram=([0, 1, 2], [1, 0], [.5, .5]))
+    assert "Response length" not in page and "Solve rate" in page and "log scale" in page
+    assert "nan" not in page and "<section>" not in eapo.report({})
+
+
+def folder(path, rows=(), **config):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(dict(config, out=str(path), versions={})))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_compare_groups_seeds_and_labels_by_what_differs(tmp_path):
+    a, b = [folder(tmp_path / f"a{s}", [{"step": s}], alpha=.2, seed=s) for s in (0, 1)]
+    c = folder(tmp_path / "c", [{"step": 2}], alpha=.0, seed=0, new=1)
+    assert eapo.compare([a, b + "/", a]) == {"a0": [[{"step": 0}], [{"step": 1}]]}
+    assert eapo.compare([a, b, c]) == {"alpha 0.2": [[{"step": 0}], [{"step": 1}]],
+                                  "alpha 0.0, new 1": [[{"step": 2}]]}
+
+
+def test_compare_says_in_one_line_what_is_wrong_with_a_folder(tmp_path):
+    broken = folder(tmp_path / "broken")
+    (tmp_path / "broken" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    for bad in (str(tmp_path / "none"), broken):
+        with pytest.raises(SystemExit, match="^eapo: cannot read") as e:
+            eapo.compare([bad])
+        assert "\n" not in str(e.value) and bad in str(e.value)
 
 
 if __name__ == "__main__":
