@@ -1391,11 +1391,12 @@ def attempt(run, numbered, what, n, temperature, top_p):
     seeds = [crc32(f"{cfg.seed} {what} {number}".encode()) for number, _ in mine]
     prompts = [p.ids for _, p in mine]
     with run.timed("sample"):
-        none = replace(pack([], [], lm.device), logp=torch.zeros(0, 0), H=torch.zeros(0, 0))
+        none, flat = pack([], [], lm.device), torch.zeros(0, 0, device=lm.device)
         batches = [sample(lm, prompts[i:i + B], n, cfg.max_response_tokens, temperature, top_p,
                           run.stop_ids, seeds[i:i + B])
                    for i in run.world.bar(range(0, len(mine), B or 1), "sampling", 5, leave=False)]
-        batch = join(batches) if batches else replace(none, ended=none.prompt_len.bool())
+        batch = join(batches) if batches else replace(none, logp=flat, H=flat,
+                                                      ended=none.prompt_len.bool())
     if engine or run.world.bf16:
         run.gap = rescore(run, batch, temperature)
     right = [is_correct(text, mine[i // n][1].answer) for i, text in enumerate(decode(run, batch))]
@@ -1582,7 +1583,7 @@ class World:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         self.bf16 = cfg.matmuls == "bf16" or cfg.matmuls == "auto" and cuda
-        self.sharded = self.size > 1 or self.bf16 or cfg.offload
+        self.sharded = self.size > 1 or self.bf16
         if self.sharded and not dist.is_initialized():
             alone = {} if self.size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -1594,12 +1595,13 @@ class World:
         computed again in backward."""
         if not self.sharded:
             return policy.to(self.device)
+        cuda = self.device.type == "cuda"
         how = dict(mesh=dist.init_device_mesh(self.device.type, (self.size,)),
                    mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if self.bf16 else None,
                                                   reduce_dtype=torch.float32),
-                   offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
+                   offload_policy=CPUOffloadPolicy() if offload and cuda else OffloadPolicy())
         for layer in policy.lm.get_decoder().layers:
-            if self.device.type == "cuda":
+            if cuda:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
             fully_shard(layer, **how)
         return fully_shard(policy, **how)
@@ -1673,7 +1675,7 @@ def plan(cfg, world):
         P = sum(p.numel() for p in AutoModelForCausalLM.from_config(c).parameters())
     cuda, width, D, L = world.device.type == "cuda", 2 if world.bf16 else 4, c.hidden_size, \
         c.num_hidden_layers
-    n, here = world.size, 0 if cfg.offload else 1
+    n, here = world.size, 0 if cfg.offload and cuda else 1
     tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     kv = 2 * L * width * c.num_key_value_heads * (getattr(c, "head_dim", None)
@@ -1848,6 +1850,8 @@ class Look:
             self.bar.set_postfix_str(f"reward {metrics['reward']:+.2f}, entropy "
                                      f"{metrics['entropy']:.3f} nats, "
                                      f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
+        if step == 1:
+            self.warn(metrics)
         if cfg.eval_only or self.due(step):
             found, responses, self.after = sit_exams(self.run, self.exams, step)
             metrics, self.before = metrics | found, self.before or self.after

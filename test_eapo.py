@@ -976,7 +976,7 @@ SMALL = ["--warmup-steps", "4", "--warmup-batch", "4", "--prompts-per-step", "4"
 CHILD = """
 import sys, torch, eapo
 torch.set_num_threads(1)
-eapo.is_correct = lambda text, gold: len(text) % 2 == 1 and ("7" in text or "even" not in sys.argv[1])
+eapo.is_correct = lambda text, gold: len(text) % 2 and (sys.argv[1] == "odd" or "77" in text)
 eapo.addition, real = (lambda split: real(split, 64, 64, 8)), eapo.addition
 eapo.main(sys.argv[2:])
 """
@@ -1009,8 +1009,8 @@ def metrics_and_weights(folder):
 @pytest.mark.parametrize("tied", [True, False])
 def test_two_processes_do_what_one_does(tmp_path, tied):
     """The same losses, gradient norms and metrics within 1e-5, the same weights after 3 steps
-    within 1e-4. Responses are of uneven length; untied, few groups disagree, so that a process has
-    steps without a group of its own."""
+    within 1e-4. Responses are of uneven length; untied, few responses are right, so that in some
+    steps no group disagrees, and in others no group of one of the processes."""
     model = ["--model", "tiny"]
     if not tied:
         lm, tokenizer = eapo.tiny_model(0)
@@ -1021,15 +1021,17 @@ def test_two_processes_do_what_one_does(tmp_path, tied):
         tokenizer.save_pretrained(tmp_path / "lm")
         model = ["--model", str(tmp_path / "lm"), "--train-data", "addition", "--eval-data",
                  "addition", "--warmup-data", "addition", "--resample", "1", "--top-p", "1"]
-    what = "even" if tied else "rare even"
-    args = [[*model, *SMALL, "--out", str(tmp_path / name)] for name in ("one", "two")]
+    what, steps = ("odd", 3) if tied else ("rare", 6)
+    args = [[*model, *SMALL, "--steps", str(steps), "--out", str(tmp_path / name)]
+            for name in ("one", "two")]
     finished(start(what, args[0]), start(what, args[1], processes=2))
     (rows, weights), (rows_2, weights_2) = (metrics_and_weights(tmp_path / x)
                                             for x in ("one", "two"))
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows] == list(range(steps + 1))
     for one, two in zip(rows, rows_2):
         assert one == pytest.approx(two, abs=1e-5, rel=1e-5)
-    assert sum(row.get("grad_norm", 0) for row in rows) > 0
+    mixed = [row["groups"] - row["groups_all_wrong"] - row["groups_all_right"] for row in rows[1:]]
+    assert sum(mixed) > 0 and (tied or 1 in mixed and 0 in mixed)
     assert weights.keys() == weights_2.keys()
     for name, w in weights.items():
         torch.testing.assert_close(w, weights_2[name], rtol=0, atol=1e-4)
@@ -1039,8 +1041,8 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(tmp_path):
     """kill -9 after the checkpoint of step 2, --resume, and 4 steps in all: bit for bit the metrics
     (but timings) and weights of 4 steps in one go."""
     args = ["--model", "tiny", *SMALL, "--steps", "4", "--save-every", "2", "--out"]
-    finished(start("even", [*args, str(tmp_path / "whole")]))
-    killed = start("even", [*args[:-1], "--steps", "4000", "--out", str(tmp_path / "killed")])
+    finished(start("odd", [*args, str(tmp_path / "whole")]))
+    killed = start("odd", [*args[:-1], "--steps", "4000", "--out", str(tmp_path / "killed")])
     path = tmp_path / "killed" / "checkpoint" / "step-000002" / "state.json"
     while not path.exists() and killed.poll() is None:
         time.sleep(0.01)
@@ -1049,7 +1051,7 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(tmp_path):
     for later in (tmp_path / "killed" / "checkpoint").iterdir():
         if later.name != "step-000002":         # it may have come further: go on from step 2
             shutil.rmtree(later)
-    finished(start("even", ["--resume", str(tmp_path / "killed"), "--steps", "4", "--out",
+    finished(start("odd", ["--resume", str(tmp_path / "killed"), "--steps", "4", "--out",
                             str(tmp_path / "killed")]))
     (rows, weights), (rows_2, weights_2) = (metrics_and_weights(tmp_path / x)
                                             for x in ("whole", "killed"))
@@ -1062,7 +1064,7 @@ def test_a_signal_ends_a_run_after_its_step_and_it_can_go_on(tmp_path):
     """SIGTERM in the middle of RL: a checkpoint, a model, and exit 0."""
     out = tmp_path / "run"
     args = ["--model", "tiny", *SMALL, "--steps", "4000", "--out", str(out)]
-    process = start("even", args)
+    process = start("odd", args)
     while process.poll() is None and (not (out / "metrics.jsonl").exists()
                                       or len(open(out / "metrics.jsonl").readlines()) < 3):
         time.sleep(0.01)
@@ -1272,16 +1274,17 @@ def test_text_is_made_visible():
 
 def test_curve_of_one_seed_has_the_interval_and_of_several_their_range():
     assert eapo.curve([report_rows()], "eval/a/b/avg@8") == [(0, .3, .4, .5)]
-    assert eapo.curve([report_rows(1), report_rows(1), report_rows(1)[:1] + [dict(step=1, solve_rate=.4)]], "solve_rate") == [
+    rows, key = report_rows(1), "eval/a/b/avg@8"
+    assert eapo.curve([rows, rows, rows[:1] + [dict(step=1, solve_rate=.4)]], "solve_rate") == [
         (1, .1, pytest.approx(.2), .4)]
-    assert eapo.curve([report_rows(), [{"step": 0, "eval/a/b/avg@8": .8}]], "eval/a/b/avg@8")[0][1:] == (
-        .4, pytest.approx(.6), .8)
+    assert eapo.curve([rows, [{"step": 0, key: .8}]], key)[0][1:] == (.4, pytest.approx(.6), .8)
     assert eapo.curve([[dict(step=1, x=math.nan), dict(step=2)]], "x") == []
 
 
 @pytest.mark.parametrize("low, high, expected", [
     (0, 1, "0 0.2 0.4 0.6 0.8 1"), (0, 30, "0 10 20 30"), (0, 220, "0 50 100 150 200 250"),
-    (-.01, .01, "-0.01 -0.005 0 0.005 0.01"), (0, .3, "0 0.1 0.2 0.3"), (7, 7, "7 7.2 7.4 7.6 7.8 8")])
+    (-.01, .01, "-0.01 -0.005 0 0.005 0.01"), (0, .3, "0 0.1 0.2 0.3"),
+    (7, 7, "7 7.2 7.4 7.6 7.8 8")])
 def test_ticks_are_round_and_enclose_the_data(low, high, expected):
     assert " ".join(f"{x:.6g}" for x in eapo.ticks(low, high)) == expected
 
