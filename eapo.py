@@ -64,6 +64,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
+from itertools import groupby
 from operator import add, mul, sub, truediv
 from string import ascii_letters, digits
 from zlib import crc32
@@ -74,7 +75,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -206,7 +208,7 @@ def parse_args(argv=None):
     changes = "; ".join(f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in x.items())
                         for name, x in (PRESETS | METHODS).items() if x)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [flags]",
-                                     epilog=f"Other [defaults] with these models, methods: {changes}")
+                                     epilog=f"Other [defaults] with these: {changes}")
     for f in fields(Config):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
@@ -245,7 +247,7 @@ def resumed(typed):
 # Part 2. The algorithm: tensors in, tensors out, no model and no Config. This is what the file is
 # for; the parts below only feed it. Functions that take group_size need whole groups; the loss is
 # a sum over tokens, so a batch may be cut anywhere for it. EAPO comes first, then the rules that
-# the paper compares it with; `give_credit` (7) chooses. Write yours like `entropy_aware_advantages`.
+# the paper compares it with; `give_credit` in part 7 chooses, and is the place to call your own.
 # --------------------------------------------------------------------------------------------------
 
 def token_entropy(logits):
@@ -432,330 +434,233 @@ def pass_at_k(n, c, k):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 3. The verifier: is the boxed answer equal to the gold? "Verifiable" means that a short
-# program decides. All reward hangs on it: it may not pay for a wrong answer, refuse a right one,
-# hang or raise. Three steps: scan LaTeX into tokens, read them with a calculator, compare values.
-#
-# No algebra is needed to see that (x+1)^2 = x^2 + 2x + 1. Two different polynomials of degree d
-# agree at a point drawn from N numbers with probability d/N at most, as their difference has at
-# most d roots (Schwartz and Zippel). So give each variable a pseudo-random value and compute both
-# sides; what is equal at three points is equal. Rational numbers stay exact; roots, pi, e and
-# sines are floats, compared to nine digits.
+# Part 3. The verifier: is the boxed answer equal to the gold? It scans LaTeX into tokens, reads
+# them with a calculator and compares values. No algebra is needed for (x+1)^2 = x^2 + 2x + 1: two
+# polynomials of degree d agree at a point drawn from N numbers with probability d/N at most, as
+# their difference has at most d roots (Schwartz and Zippel). So each variable gets three pseudo-
+# random values. Fractions stay exact; roots, pi and sines are good to nine digits.
 # --------------------------------------------------------------------------------------------------
 
-LONGEST, MOST_TOKENS = 500, 100      # characters and tokens of an answer
-MOST_BITS, POINTS = 2 ** 15, 3       # of a fraction, and sample points for each variable
-
+LONGEST, MOST_TOKENS, MOST_BITS, ZERO = 500, 120, 23_000, [Fraction(0)]     # bits of a fraction
 ALIASES = {other: token for token, others in {
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "√", "π": r"\pi pi",
-    "*": r"\cdot \times × ·", "/": r"\div ÷", "-": "− –", "±": r"\pm", "∓": r"\mp",
-    "=": r"\in", "≤": r"\le \leq", "≥": r"\ge \geq", "≠": r"\ne \neq", "∪": r"\cup",
-    ",": "; and or OR", "%": r"\% percent", "°": r"\circ \degree degrees", "∞": r"\infty",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom", r"\sqrt": "√ sqrt",
+    "π": r"\pi pi", r"\infty": "∞", r"\emptyset": r"\varnothing", "-": "− –", "±": r"\pm",
+    "*": r"\cdot \times × ·", "/": r"\div ÷", "(": r"\langle", "}": r"\}",
+    "=": r"\in \approx", "≠": r"\ne \neq", "≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant",
+    ",": r"; and or OR \cup ∪", "%": r"\% percent", ")": r"\rangle", r"\log": r"\ln ln log",
+    "°": r"\circ \degree degree degrees", "|": r"\vert \lvert \rvert", '"unit': "cm mm km kg",
+    "": r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \, \; \: \! \( \) $ \$ ~ \displaystyle",
+    r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm \mathbf \mathbb \operatorname",
 }.items() for other in others.split()}
-SILENT = {"\\ ", *r"\left \right \big \Big \, \; \: \! \$ $ ~ \( \) \[ \] \displaystyle".split()}
-TEXTS = set(r"\text \mbox \textbf \textit \textrm \textnormal \mathrm".split())
-NAMES = set(r"\alpha \beta \gamma \theta \lambda \mu \rho \sigma \phi \varphi \omega ∞".split())
-CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "°": math.nan}
-FUNCTIONS = {
-    r"\sin": cmath.sin, r"\cos": cmath.cos, r"\tan": cmath.tan, r"\exp": cmath.exp,
-    r"\ln": cmath.log, r"\log": cmath.log, r"\sec": lambda z: 1 / cmath.cos(z)}
-ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
-CLOSERS = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"], r"\begin": [r"\end"]}
-SUM, FUNCTION, PRODUCT = 6, 7, 8     # how tight operators bind
-LEVEL = {r"\\": 1, "&": 2, ",": 3, "=": 4, "≠": 4, "<": 4, ">": 4, "≤": 4, "≥": 4, "∪": 5,
-         ":": 5, "+": SUM, "-": SUM, **dict.fromkeys(FUNCTIONS, FUNCTION), "*": PRODUCT,
-         "/": PRODUCT}
-FACTORS = {*CLOSERS, *CONSTANTS, *FUNCTIONS, r"\frac", r"\sqrt"}
-
-
-def braced(text, i):
-    """The content of the braces that open at i, and where they end; None if they stay open."""
-    depth = 0
-    for j in range(i, min(len(text), i + LONGEST)):
-        if text[j] in "{}" and text[j - 1] != "\\":                  # \{ is a bracket of a set
-            depth += 1 if text[j] == "{" else -1
-        if depth == 0:
-            return text[i:j + 1].removeprefix("{").removesuffix("}"), j + 1
-    return None, len(text)
+CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "%": Fraction(1, 100), "°": Fraction(1)}
+FUNCTIONS = {"\\" + name: getattr(cmath, name) for name in "sin cos tan exp log".split()} | {
+    r"\sec": lambda z: 1 / cmath.cos(z), r"\arcsin": cmath.asin, r"\arctan": cmath.atan,
+    r"\csc": lambda z: 1 / cmath.sin(z), r"\cot": lambda z: 1 / cmath.tan(z)}
+OPERATIONS = {
+    "+": add, "-": sub, "*": mul, "/": truediv, "^": pow, r"\frac": truediv, "|": abs, **FUNCTIONS,
+    "!": lambda n: Fraction(math.factorial(int(str(n)))),            # int("1/2") is a ValueError
+    r"\binom": lambda n, k: Fraction(math.comb(int(str(n)), int(str(k))))}
+BRACKETS = {"$": "$", "(": ")]", "[": ")]", "{": "}", r"\{": "}", "|": "|", r"\begin": r"\end"}
+RELATION, SUM, PRODUCT, FACTOR, POWER = 4, 6, 7, 8, 9                # how tight operators bind
+LEVEL = {**dict.fromkeys([*"$)]}|", r"\end"], 0), r"\\": 1, "&": 2, ",": 3, ":": 5, "+": SUM,
+         "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, **dict.fromkeys(FUNCTIONS, PRODUCT),
+         **dict.fromkeys("=≠<≤>≥", RELATION)}
 
 
 def extract_answer(response):
     """The content of the last complete \\boxed{...}; None if there is none among the last 20."""
-    start = len(response)
-    for _ in range(20):
-        start = response.rfind(r"\boxed{", 0, max(start, 0))
-        if start < 0:
-            return None
-        content, _ = braced(response, start + len(r"\boxed"))
-        if content is not None:
-            return content
-    return None
+    for piece in response.rsplit(r"\boxed{", 20)[:0:-1]:
+        depth = 1
+        for i, (before, character) in enumerate(zip(" " + piece, piece[:LONGEST])):
+            depth += {"{": 1, "}": -1}.get(character, 0) * (before != "\\")
+            if depth == 0:
+                return piece[:i]
 
 
-def span(text, i, characters):
-    """The end of the run of `characters` that starts at i."""
-    return len(text) - len(text[i:].lstrip(characters))
-
-
-def join_thousands(text, marks):
-    """1,234,567 as 1234567: a mark goes if it has a digit before it and three behind it."""
-    for mark in marks:
-        joined, *groups = text.split(mark)
-        for group in groups:
-            thousand = joined[-1:].isdecimal() and span(group, 0, digits) == 3
-            joined += group if thousand else mark + group
-        text = joined
-    return text
-
-
-def scan(text, prose=False):
-    """The tokens of LaTeX text. Mere notation (\\left, \\, $ ..) leaves none; subscripts stay with
-    their token: x_1, 204_5. Words are marked by a quote, to tell them from products of variables;
-    in `prose`, the inside of \\text{...}, all letters are words."""
-    tokens, i = [], 0
-    while i < len(text):
-        start, last = i, tokens[-1] if tokens else ""
-        i = max(span(text, i, ascii_letters), span(text, i, digits + "."), i + 1)
-        if text[start] == "\\":
-            i = max(span(text, i, ascii_letters), i + 1)
-        elif text[start] in digits and last in (r"\frac", r"\sqrt"):
-            i = start + 1                                            # TeX takes one digit: \frac12
-        token, content = text[start:i], ""
-        if token in TEXTS or token in (r"\begin", r"\end", "_"):
-            content, i = braced(text, i)
-        spaced = token == text or text[start - 1] == " " and len(token) > 3
-        if content is None:
-            tokens.append("?")                                       # braces that stay open
-        elif token in TEXTS:
-            tokens += scan(content, prose=True)
-        elif token == "_":
-            tokens[-1:] = [last + "_" + content]
-        elif token in ALIASES or token[0] not in ascii_letters:
-            token = ALIASES.get(token, token)
-            if not token.isspace() and token not in SILENT and not token == last == ",":
-                tokens.append(token)                                 # one comma in "2, 3, and 4"
-        elif (prose or spaced and len(token) > 2) and token not in CONSTANTS:
-            word = token.lower() if len(token) > 1 else token        # "two lines" is one word
-            tokens[-1:] = [last + word] if last.startswith('"') else [*tokens[-1:], '"' + word]
+def scan(text, thousands):
+    """The tokens of LaTeX; mere notation leaves none, a subscript stays with its symbol: 204_5. A
+    quote marks words: letters in \\text{..} and runs of over three. Other runs are products."""
+    kind = lambda c: 1 if c in ascii_letters else 2 if c in digits + "." else object()
+    runs = ["".join(run) for _, run in groupby(text, kind)][::-1]    # the next run is the last
+    tokens, prose = [""], False
+    while runs:
+        run, last = runs.pop(), tokens[-1]
+        if run == "\\" and runs:
+            run += runs.pop()
+        elif run[0] in digits and last in (r"\frac", r"\sqrt", r"\binom"):
+            runs += [run[1:]] * (len(run) > 1)                       # TeX takes one digit: \frac12
+            run = run[0]
+        token, coming = ALIASES.get(run, run), "".join(runs[-1:])
+        if token in ("_", r"\begin", r"\end"):
+            group = "".join(runs.pop() for _ in runs[-3 if coming == "{" else -1:])  # 12 or {12}
+            tokens[-1:] = [last + "_" + group.strip("{}")] if token == "_" else [last, token]
+        elif token == r"\text" or prose and token == "}":
+            prose = token == r"\text" and coming == "{" and bool(runs.pop())
+        elif token == "," and thousands and last.isdecimal() and tokens[-2] not in ("(", "[", ",") \
+                and coming[:3].isdecimal() and len(coming.split(".")[0]) == 3:
+            tokens[-1] += runs.pop()                                 # 1,234
+        elif token != run or run[0] not in ascii_letters:
+            tokens += [token] * (token.strip() not in ("", "\\") and not token == last == ",")
+        elif run not in CONSTANTS and (prose or len(run) > 3 or run == text and len(run) > 2):
+            word = run.lower() if len(run) > 1 else run              # "two lines" is one word
+            tokens[-1:] = [last + word] if last[:1] == '"' else [last, '"' + word]
         else:
-            tokens += token                                          # xy is x times y
-    return tokens
+            tokens += run
+    return tokens[1:]
 
 
-def is_name(token):
-    """Whether a token is a variable."""
-    letter = token[:1].isascii() and token[:1].isalpha() or token.partition("_")[0] in NAMES
-    return letter and token not in CONSTANTS
-
-
-class Calculator:
-    """Operator precedence: an operand takes what follows for as long as operators bind tighter.
-
-    expression = operand {operator operand}       from loose to tight: rows and columns of a matrix,
-                                                  comma, = < .., cup and :, + -, * / nothing (2x)
-    operand    = "-" product | atom {"!" | "%" | degree | unit | "^" atom}    1\\frac45 is 1 + 4/5
-    atom       = number | name | words | bracket expression bracket | \\sin ["^" atom] product
-               | \\frac atom atom | \\sqrt ["[" expression "]"] atom
-
-    A value is a number or a structure such as (",", 1, 2), of which the first part is the kind:
-    , ∪ without order; () (] [) [] for points and intervals; & \\\\ : = < ..; _ for a base."""
-
-    def __init__(self, tokens, point):
-        self.tokens, self.point = ["", *reversed(tokens)], point     # the next token is the last
-
-    def accept(self, token):
-        """Take the next token if it is this one."""
-        return self.tokens.pop() if self.tokens[-1] == token else ""
-
-    def expression(self, level=0):
-        value = self.operand()
-        while True:
-            symbol = self.tokens[-1]
-            factor = symbol in FACTORS or is_name(symbol)            # 2x, 2(x+1), 2\pi
-            strength = LEVEL.get(symbol, PRODUCT * factor)
-            if strength <= level:
-                return value
-            if factor:
-                value = compute(mul, value, self.expression(PRODUCT))
-            elif symbol in ARITHMETIC:
-                self.tokens.pop()
-                value = compute(ARITHMETIC[symbol], value, self.expression(strength))
-            else:
-                value = (symbol, value)
-                while self.accept(symbol):
-                    value += (self.expression(strength),)
-
-    def operand(self):
-        """An atom with its sign and the marks behind it; degrees and units do not count."""
-        if sign := self.accept("-") or self.accept("+"):
-            return compute(ARITHMETIC[sign], Fraction(0), self.expression(SUM))
-        whole, value = self.tokens[-1].isdecimal(), self.atom()
-        if whole and self.tokens[-1] == r"\frac":
-            part = self.atom()
-            mixed = isinstance(part, Fraction) and part < 1
-            value = compute(add if mixed else mul, value, part)      # 1\frac45 is 1 + 4/5
-        while True:
-            if self.accept("!"):
-                value = compute(factorial, value)
-            elif self.accept("%"):
-                value = compute(truediv, value, Fraction(100))
-            elif self.accept("^"):
-                exponent = self.atom()
-                value = value if exponent is math.nan else compute(power, value, exponent)
-            elif self.tokens[-1].startswith('"'):
-                self.tokens.pop()
-                if self.accept("^"):                                 # the 2 of cm^2
-                    self.atom()
-            elif not self.accept("°"):
-                return value
-
-    def atom(self):
-        token = self.tokens.pop()
-        if token and token[0] in digits + ".":
-            number, _, base = token.partition("_")
-            return ("_", Fraction(number), Fraction(base)) if base else Fraction(number)
-        if token in CONSTANTS:
-            return CONSTANTS[token]
-        if token.startswith('"') or is_name(token):                  # a variable: between 1 and 3
-            name = token.strip('"')
-            return 1 + Fraction(crc32(f"{self.point}{name}".encode()) % 1994, 997)
-        if token in CLOSERS:
-            value, closer = self.expression(), self.tokens.pop() or "?"
-            if closer not in CLOSERS[token]:
-                raise ValueError(token + closer)
-            point = kind(value) == "," and token in "(["             # or an interval
-            return (token + closer, *value[1:]) if point else value
-        if token == r"\frac":
-            return compute(truediv, self.atom(), self.atom())
-        if token == r"\sqrt":
-            degree = self.atom() if self.tokens[-1] == "[" else Fraction(2)
-            return compute(power, self.atom(), compute(truediv, Fraction(1), degree))
-        if token in FUNCTIONS:                                       # \sin^2 2x is (sin(2x))^2
-            exponent = self.atom() if self.accept("^") else Fraction(1)
-            inner = self.atom() if self.tokens[-1] in CLOSERS else self.expression(FUNCTION)
-            return compute(power, compute(FUNCTIONS[token], inner), exponent)
-        raise ValueError(token)
-
-
-def calculate(tokens, point):
-    """The value of an answer at a sample point; with +- in it, a list of two."""
-    if "±" in tokens or "∓" in tokens:
-        upper = [{"±": "+", "∓": "-"}.get(token, token) for token in tokens]
-        lower = [{"±": "-", "∓": "+"}.get(token, token) for token in tokens]
-        return (",", calculate(upper, point), calculate(lower, point))
-    calculator = Calculator(tokens, point)
-    value = calculator.expression()
-    if calculator.tokens != [""]:
-        raise ValueError(calculator.tokens[-1])
-    return value
-
-
-def kind(value):
-    """The kind of a structure; empty for a number."""
-    return value[0] if isinstance(value, tuple) else ""
-
-
-def compute(function, *arguments):
-    """The result of an operation on numbers, unless it has too many digits."""
-    if not all(isinstance(argument, (Fraction, float, complex)) for argument in arguments):
-        raise ValueError("arithmetic is for numbers")
-    return bounded(function(*arguments))
-
-
-def bounded(number, factors=1):
-    """The number, if a product of so many factors of its size has not too many digits."""
-    if isinstance(number, Fraction) and isinstance(factors, (int, Fraction)):
-        bits = (abs(number.numerator) + number.denominator).bit_length()
-        if bits * abs(factors) > MOST_BITS:
+def compute(symbol, *numbers):
+    """The results of an operation at each point, unless they have too many digits: 9^{9^{9^9}}."""
+    size = lambda x: (abs(x.numerator) + x.denominator).bit_length() if type(x) is Fraction else 1
+    rows = [[number[k % len(number)] for number in numbers] for k in range(max(map(len, numbers)))]
+    for row in rows:
+        grows = symbol in ("^", "!", r"\binom")
+        if max(size(row[0]) * abs(row[-1] if grows else 1), size(row[-1])) > MOST_BITS:
             raise ValueError("too many digits")
-    return number
+    return [OPERATIONS[symbol](*row) for row in rows]
 
 
-def power(base, exponent):
-    """9^{9^{9^9}} is refused before it is computed."""
-    return bounded(base, exponent) ** exponent
+def expression(tokens, level=0):
+    """The value of what follows, as far as it binds tighter than `level`: operator precedence.
+    expression = [sign] operand {operator expression | "!" | unit}
+    operand    = number | name | word | bracket expression bracket | \\frac operand operand
+                 | \\sin ["^" operand] expression | \\sqrt ["[" expression "]"] operand
+
+    A number is a list, of one value or of three where variables touch it; all else is a tuple of
+    kind and parts: , \\{} in any order, () (] [) [] & \\\\ : in order, = <, _ with a base."""
+    whole, sign = tokens[-1].isdecimal(), tokens.pop() if tokens[-1] in ("-", "+") else ""
+    value = compute(sign, ZERO, expression(tokens, max(level, SUM))) if sign else operand(tokens)
+    if whole and tokens[-1] == r"\frac":                             # 1\frac45 is 1 + 4/5
+        part = operand(tokens)
+        mixed = len(part) == 1 and type(part[0]) is Fraction and part[0] < 1
+        value = compute("+" if mixed else "*", value, part)
+    while True:
+        symbol = tokens[-1]
+        strength = LEVEL.get(symbol, 0 if symbol[0] in digits + "." else FACTOR)
+        if symbol == "!":
+            value = compute(tokens.pop(), value)
+        elif symbol[0] == '"':
+            expression(tokens, FACTOR)                               # a unit, and the 2 of cm^2
+        elif strength <= level:
+            return value
+        elif strength < SUM:
+            value = (symbol, value)
+            while tokens[-1] == symbol and tokens.pop():
+                value += (expression(tokens, strength),)
+            if symbol in ">≥":
+                value = ("<≤"[symbol == "≥"], *value[:0:-1])         # 3 > x is x < 3
+        else:
+            operator = tokens.pop() if symbol in (*"+-*/^",) else "*"
+            value = compute(operator, value, expression(tokens, strength + (strength == PRODUCT)))
 
 
-def factorial(n):
-    """n! is a product of n numbers up to n."""
-    if not isinstance(n, Fraction) or n.denominator != 1:
-        raise ValueError("the factorial of a fraction")
-    return Fraction(math.factorial(bounded(n, n).numerator))
+def operand(tokens):
+    """The value of a number, variable, bracket or function."""
+    token = tokens.pop()
+    name, _, index = token.partition("_")
+    if token[0] in digits + ".":
+        return ("_", [Fraction(name)], [Fraction(int(index))]) if index else [Fraction(name)]
+    if token in CONSTANTS:
+        return [CONSTANTS[token]]
+    if token in BRACKETS:
+        value, closer = expression(tokens), tokens.pop()
+        if closer not in BRACKETS[token]:
+            raise ValueError(token + closer)
+        if value[0] == "," and token in ("(", "[", r"\{"):
+            return (token + closer, *value[1:])
+        return compute(token, value) if token in OPERATIONS else value
+    if name in FUNCTIONS:                                            # \sin^2 2x is (sin(2x))^2
+        exponent = operand(tokens) if tokens[-1] == "^" and tokens.pop() else [Fraction(1)]
+        inner = operand(tokens) if tokens[-1] in BRACKETS else expression(tokens, PRODUCT)
+        value = compute("^", compute(name, inner), exponent)
+        return compute("/", value, [math.log(int(index))]) if index else value
+    if token in (r"\frac", r"\binom"):
+        return compute(token, operand(tokens), operand(tokens))
+    if token == r"\sqrt":
+        degree = operand(tokens) if tokens[-1] == "[" else [Fraction(2)]
+        return compute("^", operand(tokens), compute("/", [Fraction(1)], degree))
+    if not token.strip('\\"')[:1].isalpha():
+        raise ValueError(token)
+    return [1 + Fraction(crc32(f"{token}{k}".strip('"').encode()) % 1994, 997) for k in "123"]
 
 
-def agree(ours, theirs):
-    """Whether two values are equal: structures by their parts, 1, 2 and 2, 1 in any order."""
-    if kind(ours) != kind(theirs):                                   # 204 is 204_5
-        ours, theirs = (value[1] if kind(value) == "_" else value for value in (ours, theirs))
-    kinds = {kind(ours), kind(theirs)}
+def calculate(tokens):
+    """The value of an answer; with ± in it, the list of both values."""
+    if "±" in tokens:
+        return (",", *(calculate([sign if t == "±" else t for t in tokens]) for sign in "+-"))
+    return operand(["$", *reversed(tokens), "$"])                    # the next token is the last
+
+
+def as_intervals(tokens):
+    """Inequalities in a variable as intervals: x > 3 as (3, \\infty), 1 < x \\le 2 as (1, 2]."""
+    result = []
+    for comma, piece in groupby(tokens, lambda t: t == ","):
+        sides = [[*side] for _, side in groupby(piece, lambda t: t in (*"<≤>≥",))]
+        if sides[1:2] and sides[1][0] in ">≥":                       # from low to high
+            sides = [[{">": "<", "≥": "≤"}.get(t, t) for t in side] for side in sides[::-1]]
+        if len(sides) == 3:                                          # x < 3, or 3 < x
+            sides = [["-", r"\infty"], ["<"], *sides] if sides[0][0].isalpha() else \
+                [*sides, ["<"], [r"\infty"]]
+        if len(sides) == 5 and len(sides[2]) == 1 and sides[2][0].isalpha():
+            low, first, _, second, high = sides
+            sides = [["[" if first == ["≤"] else "("], low, [","], high,
+                     ["]" if second == ["≤"] else ")"]]
+        result += sum(sides, [])
+    return result
+
+
+def agree(ours, theirs, slack):
+    """Whether values are equal: to a relative slack, structures by parts, equations by a factor."""
+    kinds = {value[0] if type(value) is tuple else "" for value in (ours, theirs)}
+    unordered = kinds <= {",", r"\{}"}
+    if kinds == {"", "_"}:                                           # 204 is 204_5
+        return agree(*(v[1] if v[0] == "_" else v for v in (ours, theirs)), slack)
+    if len(ours) != len(theirs) or len(kinds) > 1 and not unordered and kinds != {",", "()"}:
+        return False                                                 # but 1, 2 is (1, 2)
     if kinds == {""}:
-        return close(ours, theirs)
-    if len(kinds) > 1 and kinds != {",", "()"} or len(ours) != len(theirs):
-        return False                                                 # but 1, 2 in order is (1, 2)
-    ordered, rest = not kinds <= {",", "∪"}, list(theirs[1:])
-    for item in ours[1:]:
-        candidates = rest[:1] if ordered else rest
-        match = next((k for k, other in enumerate(candidates) if agree(item, other)), None)
-        if match is None:
-            return False
-        del rest[match]                                              # 1, 1 is not 1, 2
-    return True
-
-
-def close(ours, theirs):
-    """Equality of numbers: exact if both are rational, else to nine digits."""
-    exact = isinstance(ours, Fraction) and isinstance(theirs, Fraction)
-    tolerance = 0 if exact else 1e-9 * abs(theirs) or 1e-13
-    return bool(abs(ours - theirs) <= tolerance < math.inf)          # neither nan nor infinity
-
-
-def same_equation(values):
-    """Equations are equal if left minus right keeps one ratio: y = x + 1 and 2y - 2x = 2."""
-    if kind(values[0][0]) != "=" or kind(values[0][1]) != "=":
-        return False
-    ratios = [compute(sub, a, b) / compute(sub, c, d) for (_, a, b), (_, c, d) in values]
-    return ratios[0] != 0 and all(close(ratio, ratios[0]) for ratio in ratios)
+        inexact = any(type(number) is not Fraction for number in ours + theirs)
+        slack = max(slack, 1e-9) if inexact else slack
+        return all(a == b or abs(a - b) <= (slack * min(abs(a), abs(b)) or 1e-13 * inexact)
+                   for a, b in zip(ours, theirs))
+    if LEVEL.get(ours[0]) == RELATION and len(ours) == 3 and ours[1] != theirs[1]:
+        ratio = compute("/", compute("-", *ours[1:]), compute("-", *theirs[1:]))
+        allowed = ratio[0] != 0 and (ours[0] in "=≠" or ratio[0].real > 0)
+        return allowed and len(ratio) > 1 and agree(ratio, ratio[:1] * len(ratio), 0)
+    rest = [*theirs[1:]]                                             # 1, 1 is not 1, 2
+    return all(any(agree(part, other, slack) and rest.pop(k)
+                   for k, other in enumerate(rest if unordered else rest[:1])) for part in ours[1:])
 
 
 def equal(ours, theirs):
     """Whether two lists of tokens are the same or mean the same; False if they are unreadable."""
-    if ours == theirs or max(len(ours), len(theirs)) > MOST_TOKENS:
+    if ours == theirs or len(ours + theirs) > 2 * MOST_TOKENS:
         return ours == theirs != []
-    if ours[1:2] == ["="] and is_name(ours[0]) and "=" not in theirs:
-        ours = ours[2:]                                              # x = 5 is 5, but not y = 5
-    if theirs[1:2] == ["="] and is_name(theirs[0]) and "=" not in ours:
-        theirs = theirs[2:]
-    names = {token.strip('"') for token in theirs if token[0] == '"' or is_name(token)}
-    if not set(filter(is_name, ours)) <= names:
-        return False                                                 # x - x + 5 is no answer
-    points = range(POINTS if names else 1)
-    try:
-        values = [(calculate(ours, k), calculate(theirs, k)) for k in points]
-        same = all(agree(a, b) for a, b in values)
-        return same or len(points) > 1 and same_equation(values)
-    except (ArithmeticError, ValueError, RecursionError):
-        return False
+    for one, other in ((ours, theirs), (theirs, ours)):
+        if one[1:2] == ["="] and one[0].isalpha() and ("=" not in other or one[:2] == other[:2]):
+            one[:] = [t for t in one if t not in one[:2] or one.count(t) > one.count("=")]
+        if {*one} & {*"<≤>≥"} and not {*other} & {*"<≤>≥"}:
+            one[:] = as_intervals(one)
+    with contextlib.suppress(ArithmeticError, ValueError, TypeError, IndexError, RecursionError):
+        decimals = [[int(t.replace(".", "")) for t in x if "." in t[1:]] for x in (ours, theirs)]
+        ours_half, half = (0.5 / (max(numbers, default=0) or math.inf) for numbers in decimals)
+        slack = max(min(ours_half, 2e-6), min(half, 1.1e-3) * (half <= 0.005))
+        return agree(calculate(ours), calculate(theirs), slack)
+    return False
 
 
 def same_answer(prediction, gold):
     """Whether two answers are equal in one reading: 1,234 may be a number or two, 50% 50 or 1/2."""
-    pair = [text.strip("$ \n").removesuffix(".") for text in (prediction, gold)]
-    if max(map(len, pair)) > LONGEST:
-        return False
-    bracketed = any(opener in text for opener in ("(", "[", r"\{") for text in pair)
-    for marks in [("{,}", r",\!")] + [("{,}", r",\!", ",")] * (not bracketed):
-        ours, theirs = (scan(join_thousands(text, marks)) for text in pair)
-        if equal(ours, theirs):
-            return True
-        if "%" in ours + theirs and equal(*([t for t in x if t != "%"] for x in (ours, theirs))):
-            return True
-    return False
+    texts = [text[:2 * LONGEST].strip("$ \n").removesuffix(".") for text in (prediction, gold)]
+    texts = [text.replace("{,}", "").replace(r",\!", "") for text in texts]
+    pairs = [[scan(text, commas) for text in texts] for commas in {False, "," in "".join(texts)}]
+    pairs += [[[t for t in x if t != "%"] for x in pair] for pair in pairs if "%" in sum(pair, [])]
+    return max(map(len, texts)) <= LONGEST and any(equal(*pair) for pair in pairs)
 
 
 def is_correct(response, gold):
     """Whether the response's last \\boxed{} holds the gold answer, or one of a list of golds."""
     answer = extract_answer(response)
-    golds = [str(g) for g in (gold if isinstance(gold, (list, tuple)) else [gold])]
+    golds = [str(g).removesuffix(".0") for g in (gold if type(gold) in (list, tuple) else [gold])]
     return answer is not None and any(same_answer(answer, extract_answer(g) or g) for g in golds)
 
 
@@ -1350,8 +1255,8 @@ def imitate(run, problems):
                                   fused=True)
     marked = [is_correct(p.solution, p.answer) for p in problems[:1000] if p.answer]
     if marked:
-        world.print(f"warm-up: {len(problems)} worked solutions, {sum(marked) / len(marked):.0%} of "
-                    "them right; once it has converged the base model solves about as many")
+        world.print(f"warm-up: {len(problems)} worked solutions, {sum(marked) / len(marked):.0%} "
+                    "of them right; once it has converged the base model solves about as many")
     with world.bar(range(cfg.warmup_steps), "warm-up") as bar:
         for step in bar:
             left = 1 - step / cfg.warmup_steps
@@ -1479,8 +1384,8 @@ def give_credit(run, batch):
 
 
 def mini_batches(run, batch, groups, step):
-    """The groups worth learning from, in random order, cut evenly into about prompts_per_minibatch each: of
-    every mini-batch the part that this process has, which may be none."""
+    """The groups worth learning from, in random order, cut evenly into mini-batches of about
+    prompts_per_minibatch: of each the part that this process has, which may be none."""
     cfg, device = run.cfg, batch.ids.device
     place = {number: k for k, (number, _) in enumerate(groups) if number is not None}
     every = sorted(number for part in run.world.gather([*place]) for number in part)
@@ -1556,10 +1461,12 @@ def measure(run, batch, groups, updates):
              information=proxy_information(s["histogram"]), response_tokens=tokens,
              response_length=tokens / rows, truncated=1 - s["ended"] / rows,
              groups=int(s["groups"]), groups_all_right=int(s["all_right"]),
-             groups_all_wrong=int(s["all_wrong"]), loss=s["loss"], grad_norm=sum(norms) / len(norms),
-             clip_fraction=s["clipped"] / used, sampler_gap=s["gap"] / len(parts))
-    for key, x, whole in (("tokens", s["count"], used), ("advantage", s["credit"], s["credit"].sum()),
-                          ("entropy", s["nats"], s["nats"].sum()), ("drift", s["drift"], s["count"])):
+             groups_all_wrong=int(s["all_wrong"]), loss=s["loss"],
+             grad_norm=sum(norms) / len(norms), clip_fraction=s["clipped"] / used,
+             sampler_gap=s["gap"] / len(parts))
+    for key, x, whole in (("tokens", s["count"], used), ("drift", s["drift"], s["count"]),
+                          ("advantage", s["credit"], s["credit"].sum()),
+                          ("entropy", s["nats"], s["nats"].sum())):
         share = x / whole.clamp(min=1e-9)
         m |= {f"{key}/{name}": share[code] for code, name in enumerate(QUADRANTS, 1)}
     m = {key: x if isinstance(x, int) else round(float(x), 6) for key, x in m.items()}
@@ -1683,7 +1590,8 @@ def plan(cfg, world):
     inside = 6 * D + 4 * c.intermediate_size        # numbers a token that one layer keeps
     parts = dict(weights=4 * P / n * here, gradients=4 * P / n * here, moments=8 * P / n * here,
                  working=width * (P / L + 2 * c.vocab_size * D) * world.sharded,
-                 activations=max(tokens, longest) * width * (L * D + inside if cuda else L * inside),
+                 activations=max(tokens, longest) * width * (
+                     L * D + inside if cuda else L * inside),
                  logits=5 * 4 * CHUNK, copy=width * P * world.sharded,
                  kv_cache=kv * longest * cfg.group_size)
     parts = {name: x / 1e9 for name, x in parts.items()}
@@ -1693,7 +1601,8 @@ def plan(cfg, world):
         * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     world.print(f"{cfg.model}: {P / 1e6:.1f}M parameters on {n} x {world.device.type}; GB each: "
                 + ", ".join(f"{name} {x:.2f}" for name, x in parts.items())
-                + f" (one group); update {update:.2f}, rollout {rollout:.2f}, free {free / 1e9:.2f}")
+                + f" (one group); update {update:.2f}, rollout {rollout:.2f}, "
+                f"free {free / 1e9:.2f}")
     remedy = "use more --gpus, --offload, or a smaller model" if cuda else "use a smaller model"
     for phase, size in (("update", update), ("rollout", rollout)):
         need(size < free / 1e9, f"the {phase} needs about {size:.0f} GB of {free / 1e9:.0f} GB: "
@@ -1708,14 +1617,14 @@ def doctor(run, problems):
     golds = [p.answer[0] if isinstance(p.answer, list) else p.answer for p in problems[:200]]
     paid = sum(is_correct(f"\\boxed{{{gold}}}", gold) for gold in golds) / len(golds)
     junk = sum(is_correct("\\boxed{no idea}", gold) for gold in golds) / len(golds)
-    run.world.print(f"first prompt: {text[:400]!r}\n  {len(p.ids)} ids, {p.ids[:8]} .. {p.ids[-4:]}, "
-                    f"BOS {p.ids.count(bos) if bos is not None else 0} times; responses end with "
-                    f"{tokenizer.convert_ids_to_tokens(run.stop_ids)}\nverifier: {paid:.0%} of "
+    run.world.print(f"first prompt: {text[:400]!r}\n  {len(p.ids)} ids, {p.ids[:8]} .. "
+                    f"{p.ids[-4:]}, BOS {p.ids.count(bos) if bos is not None else 0} times; "
+                    f"responses end with {tokenizer.convert_ids_to_tokens(run.stop_ids)}\nverifier: {paid:.0%} of "
                     f"{len(golds)} gold answers are paid, {junk:.0%} of junk")
     if "boxed" not in text and run.cfg.model != "tiny":
-        run.world.print("warning: the prompt does not ask for \\boxed{}: unless the model boxes its "
-                        "answer anyway, no response will be right; say so in the problems, or "
-                        "imitate solutions first (--warmup-data)")
+        run.world.print("warning: the prompt does not ask for \\boxed{}: unless the model boxes "
+                        "its answer anyway, no response will be right; say so in the problems, "
+                        "or imitate solutions first (--warmup-data)")
 
 
 def replace_file(path, text):
@@ -1873,7 +1782,7 @@ class Look:
                                  "above are the model's")
         if m["sampler_gap"] > 0.1:
             self.run.world.print(f"\nwarning: sampler and policy disagree by {m['sampler_gap']} "
-                                 "nats a token: tokens are drawn from another model than is trained")
+                                 "nats a token: what is trained is not what samples")
 
     @torch.no_grad()
     def write_report(self, batch, groups, histogram):

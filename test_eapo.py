@@ -3,6 +3,7 @@
 Expected values are worked out by hand in the docstring, or come from something independent of the
 code under test: autograd, a naive loop, transformers' own generate. No download, no GPU.
 """
+import concurrent.futures
 import html.parser
 import itertools
 import json
@@ -13,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -672,7 +672,16 @@ EQUAL = pairs(r"""
     28 \text{ percent} ~ 28\% ;; 9/5 ~ 1\frac45 ;; -15.6 ~ -15\frac35 ;; 204 ~ 204_5
     234, 1 ~ 1,234 ;; Yes ~ \text{yes} ;; C ~ \text{(C)} ;; 6, 8\text{, and }10 ~ 10, 8, 6
     \begin{bmatrix}0.5\\2\end{bmatrix} ~ \begin{pmatrix}\frac12\\2\end{pmatrix}
-    (2,\infty)\cup(-\infty,1) ~ (-\infty,1)\cup(2,\infty)""")
+    (2,\infty)\cup(-\infty,1) ~ (-\infty,1)\cup(2,\infty) ;; x=1 \text{ or } x=2 ~ 2,1
+    \sqrt[3]{8} ~ 2 ;; \log_2 8 ~ 3 ;; |-5| ~ 5 ;; \arctan 1 ~ \frac{\pi}{4} ;; 5! ~ 120
+    \cot x ~ \frac{\cos x}{\sin x} ;; \sin x \cdot \cos x ~ \cos x \sin x ;; \tan(\frac{\pi}4) ~ 1
+    2x+4y=6 ~ x+2y=3 ;; 3 < x ~ x > 3 ;; 2x > 6 ~ x > 3 ;; q=2, p=5 ~ p=5, q=2 ;; 1/2x ~ \frac x2
+    x \ge 3 \text{ or } x \le -2 ~ x \leq -2, x \geq 3 ;; 4.4 \times 10^{-3} ~ 0.0044 ;; -2^2 ~ -4
+    \frac{-1\pm\sqrt5}{2} ~ \frac{\sqrt5-1}{2}, -\frac{1+\sqrt5}{2} ;; 5 \text{ m} ~ 5 ;; 5 cm ~ 5
+    1{,}234.5 ~ 1234.5 ;; 2,\!000 ~ 2000 ;; \text{13} ~ 13 ;; 1,2 ~ (1,2) ;; -x+y ~ y-x
+    1,234,567 ~ 1234567 ;; \frac{20,000}{3} ~ \frac{20000}3 ;; a_1 + b ~ b + a_1 ;; 2^{3^2} ~ 512
+    x>3 ~ (3,\infty) ;; [1,2) ~ 2 > x \ge 1 ;; x<1 \text{ or } 3<x ~ (-\infty,1)\cup(3,\infty)
+    \binom52 ~ 10 ;; \sqrt2\sqrt3 ~ \sqrt6 ;; \sin\pi ~ 0 ;; x \in [0,1) ~ [0,1) ;; x=1,2 ~ x = 2, 1""")
 UNEQUAL = pairs(r"""
     (2,1) ~ (1,2) ;; (0,1) ~ [0,1) ;; 2,1 ~ (1,2) ;; 1,1 ~ 1 ;; 1 ~ 1,1 ;; 50 ~ 0.5
     1:00 ~ 12:00 ;; 5 ~ \pm 5 ;; 5 ~ 4\sqrt2 ;; 1/2004! ~ -1/2004! ;; 1/2006! ~ 1/2004!
@@ -682,7 +691,13 @@ UNEQUAL = pairs(r"""
     y = 5 ~ x = 5 ;; x+y=6 ~ x+y=5 ;; 204_6 ~ 204_5 ;; 0 ~ 0.\overline{3} ;; c ~ C
     ABCD ~ \text{CBAD} ;; 8:34\text{ a.m.} ~ 8:34\text{ p.m.} ;; \text{even} ~ \text{odd}
     \begin{pmatrix}1&2\end{pmatrix} ~ \begin{pmatrix}1\\2\end{pmatrix} ;; CD=9, AB=4 ~ AB=9, CD=4
-    4, 9 ~ AB=9, CD=4 ;; 5 \text{ or three} ~ 5 ;; \sin 2x ~ 2\sin x ;; 2\frac32 ~ \frac72""")
+    4, 9 ~ AB=9, CD=4 ;; 5 \text{ or three} ~ 5 ;; \sin 2x ~ 2\sin x ;; 2\frac32 ~ \frac72
+    -x > 3 ~ x > 3 ;; 2=3 ~ 5=7 ;; 5=5 ~ x=1 ;; \{1,2\} ~ (1,2) ;; (1,234) ~ 1234 ;; 1,23 ~ 123
+    \text{one}+0 ~ 1 ;; x=5x ~ 5 ;; x=x-x+5 ~ 5 ;; \infty-\infty+5 ~ 5 ;; 12,3 ~ 123 ;; 2=3 ~ 3
+    a_1 ~ a_2 ;; 2\frac{x}5 ~ 2+\frac{x}5 ;; \frac{1}{2x} ~ 1/2x ;; x=y ~ x ;; 0.00001 ~ 0
+    x<3 ~ (3,\infty) ;; 1<x<2 ~ [1,2] ;; x<3 ~ 3 ;; x<y<3 ~ 3 ;; \binom{99999}{4444} ~ 1
+    10^{-19}\pi ~ 10^{-20}\pi ;; [1,2] ~ [1,2) ;; 3 > x ~ x > 3 ;; 8:30 ~ 8:03
+    y=2x ~ y=2x+1 ;; y=2x, z=1 ~ 2x, 1 ;; \frac{11}{21} ~ \frac{1}{121} ;; x \le 3 ~ x < 3""")
 
 
 @pytest.mark.parametrize("ours, gold", EQUAL)
@@ -695,12 +710,29 @@ def test_other_content_is_not_paid(ours, gold):
     assert eapo.same_answer(ours, gold) is False
 
 
+ROUNDED = pairs(r"""
+    50/3 ~ 16.67 ;; 16.666 ~ 16.67 ;; 100/3 ~ 33.3 ;; -16.6667 ~ -16.67 ;; \pi ~ 3.14
+    4.123106 ~ \sqrt{17} ;; 3.141593 ~ \pi ;; 0.333333 ~ \frac13""")
+TOO_ROUGH = pairs(r"""
+    16.68 ~ 16.67 ;; 16.6 ~ 16.67 ;; 16.67 ~ 50/3 ;; 3.14 ~ \pi ;; 0.33333 ~ \frac13 ;; 1/3 ~ 0.3
+    4.9999999 ~ 5 ;; 0.4999 ~ 0.5 ;; 66.451 ~ 66.450 ;; 4.123 ~ \sqrt{17} ;; 16.67 ~ 17""")
+
+
+def test_a_rounded_gold_pays_what_rounds_to_it_and_an_exact_gold_pays_six_digits():
+    """16.67 stands for 16.665 to 16.675, so 50/3 earns it; but 16.67 is no answer to 50/3."""
+    for ours, gold in ROUNDED + TOO_ROUGH:
+        assert eapo.same_answer(ours, gold) is ([ours, gold] in ROUNDED), (ours, gold)
+    assert not eapo.is_correct(r"\boxed{142.03}", 142.0)              # a float is no rounding
+
+
 def test_the_last_complete_box_counts_and_nothing_else():
     """A mention of the answer elsewhere is not one; nor is a box that was cut short."""
     last = eapo.extract_answer
     assert last(r"\boxed{1} no, \boxed{\frac{1}{\{2\}}}.") == r"\frac{1}{\{2\}}"
     assert last(r"\boxed{2}, as you asked me to \boxed it") == "2"
     assert last(r"\boxed{5} wait, \boxed{\frac{1}{2}") == "5"
+    assert last(r"\boxed{5" + "0" * 600 + "}") is None and last(r"\boxed{}") == ""
+    assert last(r"\boxed{[0,1\}}") == r"[0,1\}"
     for text in ("the answer is 5", r"\boxed 5", r"\boxed{5", ""):
         assert last(text) is None and eapo.is_correct(text, "5") is False
     assert not eapo.is_correct(r"\boxed{2} no, \boxed{1}", "2")
@@ -748,7 +780,8 @@ HOSTILE = ["9^{9^{9^{9^9}}}", "2^{99999999999}", "99999999999!", "9" * 10 ** 6, 
            "(" * 400 + "1" + ")" * 400, r"\text{1" * 140, "x_{" * 300, "x" * 1000, "\ud800",
            "+".join(["x^{99}"] * 140), "2004!*" * 150, "x^{2000}", "=1" * 400, r"\{1,2\}," * 48,
            "+".join([r"\frac{5^{6999}}{7^{1999}}"] * 40), "x^x" * 200, "e^{" * 30 + "1" + "}" * 30,
-           r"\sin " * 30, "1,234%" * 30, "\\", "1_", "^1", r"\binom{9999999}{4444444}", "٣"]
+           r"\sin " * 30, "1,234%" * 30, "\\", "1_", "^1", r"\binom{9999999}{4444444}", "٣",
+           "5_1e99999999", "2004!+2003!*" * 8, "(x+y+z)^{99}" * 10, ",".join(map(str, range(89)))]
 
 
 def test_hostile_input_takes_milliseconds():
@@ -764,6 +797,7 @@ def test_hostile_input_takes_milliseconds():
                 assert all(type(v) is bool for v in verdicts)
             assert min(seconds) < 0.05, text[:40]
     assert eapo.same_answer("(" * 20 + "1" + ")" * 20, "1")
+    assert not eapo.same_answer("9" * 1001, "9" * 1002)
 
 
 def test_random_latex_never_raises():
@@ -784,15 +818,9 @@ def test_random_latex_never_raises():
 
 def test_the_verifier_works_in_any_thread():
     """Time-outs by signals, the usual safety net of verifiers, need the main thread."""
-    results = []
-    work = lambda: results.append((eapo.same_answer(r"\frac12", "0.5"),
-                                   eapo.same_answer("9^{9^{9^9}}", "9")))
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(5)
-    assert results == [(True, False)] * 8
+    work = lambda _: (eapo.same_answer(r"\frac12", "0.5"), eapo.same_answer("9^{9^{9^9}}", "9"))
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(work, range(8))) == [(True, False)] * 8
 
 
 HARMLESS = [
