@@ -6,7 +6,7 @@ policy optimization), and it gives each token of a response the same credit. Mos
 it: where the model was sure, there was no decision to praise. EAPO (entropy-aware policy
 optimization; He et al. 2026, arXiv 2604.11056, v1) therefore measures how unsure the model was at
 each token, its entropy H, and gives uncertain tokens a little more of the credit and of the blame.
-It is one formula on top of GRPO, (7).
+On top of GRPO that is two formulas, (6) and (7).
 
     A_i     = (r_i - mean(r)) / std(r)                                   one number a response   (1)
     L       = - mean over tokens of min(rho A, clip(rho, 1-eps_low, 1+eps_high) A)               (2)
@@ -14,27 +14,27 @@ It is one formula on top of GRPO, (7).
     A^CA_t  = A + alpha sign(A) score_t                                  replaces A in (2)       (7)
 
 Numbers (2), (6), (7) and those further down are the paper's; (1) is its unnumbered group advantage.
-(2) here is a mean over all tokens, as in the authors' framework, verl; they print it as a mean per
-group (--loss-mean group), and PPO's bound c for A < 0 comes on top, see `surrogate`. std(r) and
-sigma_H are sample deviations (n - 1), with 1e-6 added in the code. The alphabet:
+(2) here is a mean over all tokens of a mini-batch, as in verl, the framework that the authors train
+in; they print it as a mean per group (--loss-mean group). A bound c for A < 0 comes on top, see
+`surrogate`. std(r) and sigma_H are sample deviations (n - 1), plus 1e-6. The alphabet:
 
     B prompts x G responses = N rows, the G responses to one prompt in adjacent rows
     T tokens of the longest response    V vocabulary    M tokens, flat    D size of hidden states
-    r      reward of a response, +1 right or -1 wrong                             (N,)
+    r      reward of a response, +1 right or -1 wrong (less with --overlong)      (N,)
     A      advantage of a response: how much better than its group, (1)           (N,)
     A^CA   advantage of a token, (7); what Batch.A and the loss hold              (N, T)
-    pi_old the policy before the step: full vocabulary, at the sampling temperature
+    pi_old the policy that sampled: full vocabulary, at the sampling temperature
     H      entropy of pi_old before it drew each token, in nats                   (N, T)
     mask   True on response tokens, the stop token included                       (N, T)
     mu_H, sigma_H   mean and deviation of H over all response tokens of one group (N, 1)
     rho    pi_theta / pi_old: how much likelier the token became since sampling   (N, T)
 
-The program in one breath, and the functions that do it, in the order of this file:
+The program in one breath, with the functions that do it and the parts they stand in:
 
     for each step:                                               the loop is `train`, part 10
         try      sample G responses to each of B prompts         sample_loop (5), roll_out (7)
         mark     r = +1 where \\boxed{} holds the right answer    is_correct (3), attempt (7)
-        compare  A (1) from the group, A^CA (7) from entropies   entropy_aware_advantages (2)
+        compare  A (1) from the group, A^CA (7) from entropies   part 2, called by give_credit (7)
         learn    clipped gradient steps on L (2)                 policy_loss (2), learn (6)
         look     log what happened; now and then sit an exam     measure, sit_exams (7)
 
@@ -88,7 +88,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 # a model or a method changes, so that `--model tiny`, the default, fits a laptop.
 # --------------------------------------------------------------------------------------------------
 
-METHODS = {     # credit and loss rules: part 2 has their formulas
+METHODS = {     # rules of credit, see the end of part 2, and the settings they bring
     "eapo": {}, "grpo": {}, "forking": {}, "entroadv": {}, "entroreg": {}, "w-reinforce": {},
     "dapo": dict(resample=2, overlong=0.2),
     "kl-cov": dict(clip_low=1.0, clip_high=math.inf, clip_c=0.0),       # a penalty, and no clip
@@ -121,7 +121,7 @@ class Config:
     microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and "
                                      "speed, not results; 0 = 16384 on a GPU, 2048 on a CPU")
     resample: int = flag(2, "at most this many more rounds of sampling a step, in place of groups "
-                            "that are all right or all wrong (dynamic sampling)")
+                            "whose rewards are all equal (dynamic sampling)")
     max_prompt_tokens: int = flag(1024, "longer prompts are left out", "sampling")
     max_response_tokens: int = flag(3072, "responses are cut after this many tokens")
     temperature: float = flag(1.0, "of training: sampling, log-probabilities, entropies")
@@ -146,7 +146,7 @@ class Config:
     eval_samples: int = flag(4, "responses to each exam problem: the k of Avg@k and Pass@k")
     eval_temperature: float = flag(0.6, "of sampling in exams")
     eval_top_p: float = flag(0.95, "of sampling in exams")
-    eval_only: bool = flag(False, "sit the exams, write eval.json and responses.jsonl, stop")
+    eval_only: bool = flag(False, "only sit the exams: eval.json and responses.jsonl")
     compare: str = flag("", "RUN,RUN...: draw finished runs in one report.html in --out, stop")
     matmuls: str = flag("auto", "precision inside the model; auto: bf16 on a GPU, fp32 on a CPU. "
                                 "Weights and everything after the logits are fp32",
@@ -168,6 +168,7 @@ class Config:
              "--clip-c must lie above 1 + clip_high, outside the clip of (2), or be 0 for off")
         need(self.warmup_data or not self.warmup_steps, "--warmup-steps needs --warmup-data")
         need(0 <= self.overlong < 1, "--overlong is a share, from 0 to below 1")
+        need(self.resample >= 0, "--resample counts further rounds: 0 or more")
         for name in {*self.quadrants.split(","), *self.without.split(",")} - {""}:
             need(name in QUADRANTS, f"there is no quadrant {name}, only {', '.join(QUADRANTS)}")
         need(not self.without or self.method == "eapo", "--without is for --method eapo")
@@ -180,8 +181,8 @@ PRESETS = {     # a name, or a part of one: what such a model changes
     "tiny": dict(train_data="addition", eval_data="addition", warmup_data="addition",
                  warmup_steps=1000, warmup_batch=16, warmup_learning_rate=2e-3, steps=30,
                  prompts_per_step=32, prompts_per_minibatch=8, resample=0, learning_rate=1e-4,
-                 top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
-                 eval_samples=8, eval_temperature=1.0, eval_top_p=1.0),
+                 top_p=1.0, max_prompt_tokens=32, max_response_tokens=64, sampler="loop",
+                 matmuls="fp32", eval_samples=8, eval_temperature=1.0, eval_top_p=1.0),
     "DeepScaleR-1.5B": dict(group_size=16, prompts_per_step=64, steps=900,
                             max_prompt_tokens=2048, max_response_tokens=24576),
 }
@@ -203,8 +204,8 @@ def reading(source):
 
 
 def parse_args(argv=None):
-    """Config from the command line: what is typed, else what the method, the model's preset, the
-    default say; of a resumed run, what its config.json says."""
+    """Config from the command line: what is typed; else what the method says, else the model's
+    preset, else the default. Of a resumed run: what its config.json says."""
     changes = "; ".join(f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in x.items())
                         for name, x in (PRESETS | METHODS).items() if x)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [flags]",
@@ -244,6 +245,7 @@ def resumed(typed):
     return Config(**before | typed)
 
 
+# --------------------------------------------------------------------------------------------------
 # Part 2. The algorithm: tensors in, tensors out, no model and no Config. This is what the file is
 # for; the parts below only feed it. Functions that take group_size need whole groups; the loss is
 # a sum over tokens, so a batch may be cut anywhere for it. EAPO comes first, then the rules that
@@ -282,9 +284,9 @@ def entropy_mean_std(H, mask, group_size):
     shape = len(mask) // group_size, group_size * mask.shape[1]               # B, G*T
     total = lambda x: torch.where(mask, x, 0).view(shape).sum(1, keepdim=True)
     n = total(mask.int())                                                     # (B, 1)
-    spread = lambda x: x.repeat_interleave(group_size, 0)                     # (B, 1) -> (N, 1)
-    mu = spread(total(H) / n)
-    sigma = spread((total((H - mu) ** 2) / (n - 1).clamp(min=1)).sqrt() + 1e-6)
+    per_row = lambda x: x.repeat_interleave(group_size, 0)                    # (B, 1) -> (N, 1)
+    mu = per_row(total(H) / n)
+    sigma = per_row((total((H - mu) ** 2) / (n - 1).clamp(min=1)).sqrt() + 1e-6)
     return mu, sigma
 
 
@@ -292,9 +294,9 @@ def entropy_score(A, H, mask, group_size, phi):
     """(6)  score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)
 
     (N,), (N, T), (N, T) -> (N, T), meaningless outside the mask. How unusual the uncertainty of a
-    token is within its group, in standard deviations. The clip scales with |A|, so that entropy may
-    refine an advantage and can never overwhelm it. This two-sided clip is the paper's "dual
-    clipping"; the clips in the loss below are other ones.
+    token is within its group, in standard deviations. The clip scales with |A|, so that, with
+    alpha < phi, entropy may refine an advantage and can never overwhelm it. This two-sided clip is
+    what the paper calls "dual clipping"; the two clips of `surrogate` are others.
     """
     mu, sigma = entropy_mean_std(H, mask, group_size)
     bound = A.abs()[:, None] / phi                                            # (N, 1)
@@ -306,8 +308,8 @@ def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
 
     A (N,), H (N, T), mask (N, T) -> A^CA (N, T), zero outside the mask. This is EAPO.
 
-    Read it as volume, not direction. sign(A) makes an uncertain token louder in right responses
-    and in wrong ones alike, a token of low entropy softer in both. A^CA / A stays within
+    Read it as volume, not direction. sign(A) makes an uncertain token louder where A > 0 (mostly
+    right responses) and where A < 0 alike, a token of low entropy softer in both. A^CA / A stays within
     1 +- alpha/phi, 0.9 to 1.1 at the defaults, so no sign can turn. alpha = 0 gives every token A:
     GRPO's credit. detach: if a gradient flowed through H, the policy could earn by changing its
     uncertainty instead of its answers. Our H has no gradient; detach keeps that so for any caller.
@@ -323,7 +325,7 @@ def quadrants(rewards, H, mask, group_size):
         4 NHR  r <  0, H >= mu_H   wrong, at a fork      3 NLR  r <  0, H <  mu_H   wrong, routine
 
     (N,), (N, T), (N, T) -> (N, T) int, 0 outside the mask. They split the response tokens, so the
-    losses of the four add up to the whole. In the paper the gains of learning live on the left.
+    losses of the four add up to the whole. In the paper the gains of learning live in PHR, NHR.
     """
     mu, _ = entropy_mean_std(H, mask, group_size)
     high, positive = H >= mu, rewards[:, None] >= 0                           # (N, T), (N, 1)
@@ -333,10 +335,11 @@ def quadrants(rewards, H, mask, group_size):
 def surrogate(rho, A, clip_low, clip_high, clip_c):
     """(2)  min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), and for A < 0 at least c A.
 
-    (N, T) -> (N, T). Once a good token is eps_high likelier than when it was sampled, or a bad one
-    eps_low less likely, pushing further pays nothing and the gradient is 0. A bad token that has
-    become likelier is still pushed back, and rho A could fall without bound; dual-clip PPO stops
-    it at c A, beyond which the gradient is 0 too (Ye et al. 2020; clip_c = 0 turns it off).
+    (N, T) -> (N, T). Once a good token is 1 + eps_high times as likely as when it was sampled, or
+    a bad one 1 - eps_low times, pushing further pays nothing and the gradient is 0. A bad token
+    that has become likelier is still pushed back, and rho A could fall without bound; it is stopped
+    at c A, beyond which the gradient is 0 too (Ye et al. 2020, who call PPO with both clips
+    dual-clip; clip_c = 0 turns the bound off).
     """
     gain = torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)     # (N, T)  (2)
     return torch.where(A < 0, gain.clamp(min=clip_c * A), gain) if clip_c else gain
@@ -346,31 +349,30 @@ def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
     """- sum over tokens of mask * surrogate (2).  (N, T) each -> scalar.
 
     A sum: the caller divides, or hands in `token_weights` in place of the mask. On the first
-    mini-batch of a step rho is 1, the loss is - mean of A over tokens, and its gradient is the
-    policy gradient. The loss does not measure progress: watch the reward.
+    mini-batch of a step rho is 1 but for rounding, and the gradient is the policy gradient,
+    - sum of A grad log pi. The loss does not measure progress: watch the reward.
     """
     rho = (logp - old_logp).exp()                                             # (N, T)
     return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
 
 
 def token_weights(mask, group_size, loss_mean):
-    """How much each token counts in (2), before the sum of all weights is divided by: (N, T).
+    """What each token counts in (2): (N, T). `learn` divides by the sum of all of them.
 
     "tokens": 1, so that a token weighs the same in any response (DAPO and verl). "group": 1 over
     the tokens of its group, which is how the paper prints (2): a mean per prompt, then over
-    prompts. `learn` divides by the sum over the whole mini-batch before it is cut into
-    micro-batches or spread over GPUs, so that neither can change the gradient.
+    prompts. The sum is taken over the whole mini-batch, on all GPUs and before it is cut into
+    micro-batches, so that neither can change the gradient.
     """
-    if loss_mean == "tokens":
-        return mask.float()
-    tokens = mask.sum(1).view(-1, group_size).sum(1)                          # (B,)
-    return mask / tokens.repeat_interleave(group_size)[:, None]
+    tokens = mask.sum(1).view(-1, group_size).sum(1).repeat_interleave(group_size)[:, None]
+    return mask / tokens if loss_mean == "group" else mask.float()
 
 
 # The rules that the paper compares EAPO with (appendix B.4), in the same terms. GRPO is A on every
-# token; DAPO adds dynamic sampling and the soft overlong penalty, see METHODS; EntroReg adds
-# - beta mean(H) to the loss, see `learn`. "All tokens" are the response tokens of a step, on all
-# GPUs: a threshold is set once a step, and what it leaves out stays in the denominator of (2).
+# token; DAPO is GRPO with dynamic sampling and the soft overlong penalty of `attempt`; EntroReg
+# adds - beta mean(H) to the loss, see `learn`. "All tokens" are the response tokens of a step, of
+# dropped groups too, on all GPUs: a threshold is set once a step, and the tokens that it leaves out
+# stay in the denominator of (2).
 
 ENTROPY_BONUS = 0.001   # beta of EntroReg; the paper names none
 
@@ -401,8 +403,8 @@ def weighted_reinforce(A, mask, weight=0.1):
 def covariances(A, logp, mask, mean_A, mean_logp):
     """(logp - mean logp) (A - mean A), the means over all tokens (Cui et al. 2025): (N, T).
 
-    Where it is highest, entropy falls fastest. KL-Cov adds |log rho| to the loss of the highest
-    0.2% of all tokens (the authors' share for 7B), and does not clip.
+    Where it is highest, entropy falls fastest. KL-Cov adds 1.0 |log rho| to the loss of the highest
+    0.2% of all tokens (the authors' numbers for 7B), and does not clip.
     """
     return (logp - mean_logp) * (A[:, None] - mean_A) * mask
 
@@ -415,7 +417,7 @@ def entropy_histogram(H, right, mask, bins=32, width=0.125):
 
 
 def proxy_information(counts):
-    """(14)  Ihat(H; r) = H(H) - H(H | r) in nats, from an `entropy_histogram` (2, bins).
+    """(14)  Ihat(H; r) = S(H) - S(H | r) in nats, S the entropy of the histogram of H (2, bins).
 
     The mutual information of a token's entropy and its response's verdict: 0 if right and wrong
     responses have the same histogram. Counting alone gives about bins / (2 tokens) too much.
@@ -730,7 +732,7 @@ def read_rows(source, split):
     name, _, wanted = source.partition(":")
     with reading(source):
         parts = datasets.get_dataset_split_names(name)
-        order = [*parts[:len(parts) == 1], *["test"] * (split == "exam"), "train"]
+        order = parts if len(parts) == 1 else ["test", "train"] if split == "exam" else ["train"]
         part = next((p for p in ([wanted] if wanted else order) if p in parts), None)
         need(part, f"{source} has the splits {', '.join(parts)}: name one as {name}:{parts[0]}")
         return list(datasets.load_dataset(name, split=part))
@@ -782,14 +784,14 @@ def render(tokenizer, text):
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
-def prepare(problems, tokenizer, cfg, name):
+def prepare(problems, tokenizer, cfg, world, name):
     """Render every problem once, and leave out those longer than max_prompt_tokens."""
-    for p in tqdm(problems, desc=f"tokens of {name}", leave=False, disable=len(problems) < 5000):
+    for p in world.bar(problems, f"tokens of {name}", 5000, leave=False):
         p.ids = render(tokenizer, p.text)
     short = [p for p in problems if len(p.ids) <= cfg.max_prompt_tokens]
     if len(short) < len(problems):
-        print(f"{name}: {len(problems) - len(short)} of {len(problems)} prompts left out, longer "
-              f"than --max-prompt-tokens {cfg.max_prompt_tokens}")
+        world.print(f"{name}: {len(problems) - len(short)} of {len(problems)} prompts left out, "
+                    f"longer than --max-prompt-tokens {cfg.max_prompt_tokens}")
     need(short, f"{name}: no prompt is within --max-prompt-tokens {cfg.max_prompt_tokens}")
     return short
 
@@ -812,10 +814,10 @@ class Stream:
         return taken
 
 
-def load_data(cfg, tokenizer):
+def load_data(cfg, tokenizer, world):
     """The training Stream, the exams as {short name: problems}, the worked solutions to imitate."""
     def get(source, split):
-        return prepare(load_problems(source, split), tokenizer, cfg, f"{source} ({split})")
+        return prepare(load_problems(source, split), tokenizer, cfg, world, f"{source} ({split})")
     exams = {}
     wanted = cfg.eval_data.replace(" ", "").split(",") if cfg.eval_every or cfg.eval_only else []
     for source in wanted:
@@ -879,8 +881,14 @@ def pack(prompts, responses, device):
     ids = torch.zeros(0, 0, dtype=torch.long)
     if rows:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    length = lambda lists: torch.tensor([len(x) for x in lists], device=device)
+    length = lambda lists: torch.tensor([len(x) for x in lists], dtype=torch.long, device=device)
     return Batch(ids.to(device), length(prompts), length(responses))
+
+
+def no_rows(device):
+    """The Batch of a process that has nothing to do."""
+    batch, none = pack([], [], device), torch.zeros(0, 0, device=device)
+    return replace(batch, logp=none, H=none, ended=batch.prompt_len.bool())
 
 
 def join(batches):
@@ -910,8 +918,9 @@ def log_prob_and_entropy(logits, tokens, temperature):
 def dice(seeds, n, T):
     """n rows of T uniform numbers in [0, 1) for each seed: (len(seeds) * n, T).
 
-    Every token is drawn by a number that depends on its prompt's seed, row and place alone: the
-    same responses come out on one GPU or eight, and from a run that was resumed.
+    `sample_loop` draws every token by a number that depends on its prompt's seed, its row and its
+    place alone: the same responses come out on one GPU or eight, and from a run that was resumed.
+    (The engine has dice of its own.)
     """
     rows = [torch.rand(n, T, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.cat(rows)
@@ -926,7 +935,7 @@ def draw(logits, u, temperature, top_p):
     p, token = (logits.float() / temperature).softmax(-1), None
     if top_p < 1:
         p, token = p.sort(-1, descending=True)
-        p = torch.where(p.cumsum(-1) - p < top_p, p, 0)      # less than top_p is likelier
+        p = torch.where(p.cumsum(-1) - p < top_p, p, 0)      # likelier tokens hold below top_p
     ends = p.double().cumsum(-1)                                                       # (rows, V)
     at = torch.searchsorted(ends, u[:, None] * ends[:, -1:], right=True)               # (rows, 1)
     return (at if token is None else token.gather(-1, at))[:, 0]
@@ -986,7 +995,7 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
         writes &= ~done
         if not writes.any() or t + 1 == max_tokens:
             break
-        if writes.sum() <= 0.8 * len(writes):       # leaving copies the cache: a few rows at a time
+        if writes.sum() <= 0.8 * len(writes):       # not sooner: each time the cache is copied
             stay = writes.nonzero()[:, 0]
             row, token, seen, writes = row[stay], token[stay], seen[stay], writes[stay]
             cache.batch_select_indices(stay)
@@ -1115,7 +1124,7 @@ class Run:
     stop_ids: list              # a response ends with one of these, the tokenizer's own first
     sampler: object             # the model to sample from: a copy of the policy, or itself
     fresh: bool = False         # whether the copy holds today's weights
-    gap: float = 0.0            # mean |log pi_sampler - log pi_old| of the last rollout, nats
+    gap: float = 0.0            # sum of |log pi_sampler - log pi_old| over this step's tokens, nats
     seconds: dict = field(default_factory=dict)     # of this step, by phase
     bytes: dict = field(default_factory=dict)       # peak of GPU memory, by phase
 
@@ -1133,7 +1142,7 @@ class Run:
 
     def start_step(self):
         """Reset the clocks -> the time now."""
-        self.seconds = dict.fromkeys(("sample", "score", "update"), 0.0)
+        self.gap, self.seconds = 0.0, dict.fromkeys(("sample", "score", "update"), 0.0)
         self.bytes = dict.fromkeys(self.seconds, 0)
         return time.perf_counter()
 
@@ -1183,7 +1192,7 @@ def load(cfg, world):
     need(same, f"{cfg.model} changes its logits after the output head (a soft cap or a scale); "
                "put the same after head(h) in chunked_log_prob_and_entropy to train it")
     sampler = lm
-    if world.size > 1 or world.bf16:
+    if world.sharded:
         with world.device:
             sampler = AutoModelForCausalLM.from_config(
                 lm.config, dtype=torch.bfloat16 if world.bf16 else torch.float32).eval()
@@ -1205,50 +1214,63 @@ def micro_batches(run, batch):
     return cuts + [order] * (max(run.world.gather(len(cuts))) - len(cuts))
 
 
-def optimizer_step(run, optimizer, what):
-    """Clip the gradient, step, forget the gradient. -> gradient norm before the clip."""
+def descend(run, optimizer, batch, weight, loss_of, what):
+    """One optimizer step on the sum of loss_of over micro-batches that fit in memory.
+
+    weight (N, T); loss_of(micro-batch, its normalised weights, logp, H) -> scalar. The weights are
+    divided by their sum over all processes, known before the first backward. -> this process' part
+    of the loss, and the norm of the gradient before it is clipped to 1.
+    """
+    world, loss = run.world, 0.0
+    weight = weight / sum(world.gather(float(weight.sum())))                  # sum to 1 in all
+    for i in micro_batches(run, batch):
+        micro = batch.rows(i)
+        logp, H = run.policy(micro, run.cfg.temperature)                      # (n, T)
+        part = loss_of(micro, weight[i][:, :logp.shape[1]], logp, H)
+        (part * world.size).backward()      # FSDP will average over GPUs what is to be summed
+        loss += float(part.detach())
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0)
-    norm = float(run.world.whole(norm))
+    norm = float(world.whole(norm))
     need(math.isfinite(norm), f"the gradient of {what} is {norm}: nothing was changed by it; "
                               "look at the learning rate and the last lines of metrics.jsonl")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return loss, norm
 
 
 def learn(run, optimizer, mini, what):
-    """One optimizer step on L (2) over a mini-batch, in micro-batches that fit in memory.
+    """One optimizer step on L (2) over a mini-batch.
 
-    -> this process' part of the loss, the gradient norm, how many tokens had their gradient
-    stopped by a clip of (2), and the change of H since sampling, summed by quadrant, (5,).
+    -> this process' part of the loss; the gradient norm; how many tokens had their gradient
+    stopped by a clip of (2); and H under the weights of now minus H when sampled, summed by
+    quadrant, (5,): what the earlier mini-batches of the step did to the entropy.
     """
-    cfg, world, loss, clipped, drift = run.cfg, run.world, 0.0, 0, torch.zeros(5)
-    clips = cfg.clip_low, cfg.clip_high, cfg.clip_c
-    weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)          # (N, T)
-    weight = weight / sum(world.gather(float(weight.sum())))                  # sum to 1 in all
-    for i in micro_batches(run, mini):
-        micro = mini.rows(i)
-        w = weight[i][:, :micro.A.shape[1]]                                   # (n, T)
-        logp, H = run.policy(micro, cfg.temperature)                          # (n, T)
-        part = policy_loss(logp, micro.logp, micro.A, w, *clips)              # (2)
+    cfg, clips = run.cfg, (run.cfg.clip_low, run.cfg.clip_high, run.cfg.clip_c)
+    clipped, drift = [], []
+
+    def loss_of(micro, w, logp, H):
+        loss = policy_loss(logp, micro.logp, micro.A, w, *clips)              # (2)
         if cfg.method == "entroreg":
-            part = part - ENTROPY_BONUS * (H * w).sum()
+            loss = loss - ENTROPY_BONUS * (H * w).sum()
         if cfg.method == "kl-cov":
-            part = part + ((logp - micro.logp).abs() * micro.penalty * w).sum()
-        (part * world.size).backward()      # FSDP will average over GPUs what is to be summed
+            loss = loss + ((logp - micro.logp).abs() * micro.penalty * w).sum()
         with torch.no_grad():
             rho, m = (logp - micro.logp).exp(), micro.mask
-            clipped += int(((surrogate(rho, micro.A, *clips) != rho * micro.A) & m).sum())
-            drift += torch.bincount(micro.quadrant[m], (H - micro.H)[m].double(), 5).cpu()
-            loss += float(part)
-    return loss, optimizer_step(run, optimizer, what), clipped, drift
+            clipped.append(((surrogate(rho, micro.A, *clips) != rho * micro.A) & m).sum())
+            drift.append(torch.bincount(micro.quadrant[m], (H - micro.H)[m].double(), 5))
+        return loss
+
+    weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)          # (N, T)
+    loss, norm = descend(run, optimizer, mini, weight, loss_of, what)
+    return loss, norm, int(sum(clipped)), sum(drift).cpu()
 
 
 def imitate(run, problems):
     """Warm-up: make worked solutions likelier, token by token, so that RL has something to mark.
 
     RL can only reinforce what the model already tries now and then. The loss is - mean log p over
-    the tokens of the solutions and their stop tokens: (2) with log p in the place of rho A.
+    the tokens of the solutions and their stop tokens, at the sampling temperature: (2) with log p
+    in the place of rho A. -> whether it came to its end.
     """
     cfg, world, stream = run.cfg, run.world, Stream(problems, run.cfg.seed)
     optimizer = torch.optim.AdamW(run.policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
@@ -1263,20 +1285,16 @@ def imitate(run, problems):
             rate = cfg.warmup_learning_rate * min(1.0, (step + 1) / 20, left / 0.3)
             optimizer.param_groups[0]["lr"] = rate
             mine = world.share([p for _, p in stream.take(cfg.warmup_batch)])
-            texts = [p.solution for p in mine]
-            solutions = run.tokenizer(texts, add_special_tokens=False).input_ids
+            solutions = [run.tokenizer(p.solution, add_special_tokens=False).input_ids
+                         for p in mine]
             responses = [(x + run.stop_ids[:1])[:cfg.max_response_tokens] for x in solutions]
             batch = pack([p.ids for p in mine], responses, world.device)
-            tokens, loss = sum(world.gather(int(batch.response_len.sum()))), 0.0
-            for i in micro_batches(run, batch):
-                logp, _ = run.policy(batch.rows(i), 1.0)
-                part = -logp.sum() / tokens
-                (part * world.size).backward()
-                loss += float(part.detach())
-            optimizer_step(run, optimizer, f"warm-up step {step + 1}")
+            loss, _ = descend(run, optimizer, batch, batch.mask.float(),
+                              lambda micro, w, logp, H: -(logp * w).sum(), f"warm-up {step + 1}")
             bar.set_postfix_str(f"loss {sum(world.gather(loss)):.3f} nats a token", refresh=False)
             if world.asked_to_stop():
-                break
+                return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1296,20 +1314,18 @@ def attempt(run, numbered, what, n, temperature, top_p):
     seeds = [crc32(f"{cfg.seed} {what} {number}".encode()) for number, _ in mine]
     prompts = [p.ids for _, p in mine]
     with run.timed("sample"):
-        none, flat = pack([], [], lm.device), torch.zeros(0, 0, device=lm.device)
         batches = [sample(lm, prompts[i:i + B], n, cfg.max_response_tokens, temperature, top_p,
                           run.stop_ids, seeds[i:i + B])
                    for i in run.world.bar(range(0, len(mine), B or 1), "sampling", 5, leave=False)]
-        batch = join(batches) if batches else replace(none, logp=flat, H=flat,
-                                                      ended=none.prompt_len.bool())
+        batch = join(batches or [no_rows(lm.device)])
     if engine or run.world.bf16:
-        run.gap = rescore(run, batch, temperature)
+        run.gap += rescore(run, batch, temperature)
     right = [is_correct(text, mine[i // n][1].answer) for i, text in enumerate(decode(run, batch))]
     batch.right = torch.tensor(right, dtype=torch.bool, device=lm.device)
     batch.reward = torch.where(batch.right, 1.0, -1.0)
     if cfg.overlong:            # DAPO's soft penalty, 0 to -1 over the last share of the tokens
-        cache = cfg.overlong * cfg.max_response_tokens
-        batch.reward -= (1 - (cfg.max_response_tokens - batch.response_len) / cache).clamp(0, 1)
+        last = cfg.overlong * cfg.max_response_tokens
+        batch.reward -= (1 - (cfg.max_response_tokens - batch.response_len) / last).clamp(0, 1)
     return batch
 
 
@@ -1323,14 +1339,15 @@ def decode(run, batch):
 def rescore(run, batch, temperature):
     """logp and H of a batch by the policy itself, where another model sampled: a bf16 copy, or an
     engine with kernels of its own, would put its rounding errors into rho. -> how far the two are
-    apart, the mean of |log pi_sampler - log pi_old| in nats."""
+    apart, the sum over tokens of |log pi_sampler - log pi_old| in nats. (The engine's pi_sampler is
+    what top_p left of pi.)"""
     with run.timed("score"):
         theirs, mask = batch.logp, batch.mask
         batch.logp, batch.H = torch.zeros(2, *mask.shape, device=batch.ids.device)
         for i in micro_batches(run, batch):
             for mine, new in zip((batch.logp, batch.H), run.policy(batch.rows(i), temperature)):
                 mine[i, :new.shape[1]] = new
-    return float((theirs - batch.logp)[mask].abs().sum()) / max(1, int(mask.sum()))
+    return float((theirs - batch.logp)[mask].abs().sum())
 
 
 def roll_out(run, stream):
@@ -1383,19 +1400,19 @@ def give_credit(run, batch):
         batch.A = batch.A * within(cfg.quadrants)
 
 
-def mini_batches(run, batch, groups, step):
-    """The groups worth learning from, in random order, cut evenly into mini-batches of about
-    prompts_per_minibatch: of each the part that this process has, which may be none."""
-    cfg, device = run.cfg, batch.ids.device
+def mini_batches(run, batch, groups):
+    """The groups worth learning from, cut evenly into mini-batches of about prompts_per_minibatch
+    in the order of the stream, which is random: of each the part that this process has, which may
+    be none."""
+    G, device = run.cfg.group_size, batch.ids.device
     place = {number: k for k, (number, _) in enumerate(groups) if number is not None}
     every = sorted(number for part in run.world.gather([*place]) for number in part)
-    random.Random(f"{cfg.seed}/{step}").shuffle(every)
-    parts = -(-len(every) // cfg.prompts_per_minibatch)     # rounded up; 0 if no group disagreed
+    parts = -(-len(every) // run.cfg.prompts_per_minibatch)     # rounded up; 0 without such groups
+    rows = torch.arange(len(batch.ids), device=device).view(-1, G)                      # (B, G)
     for k in range(parts):
         part = every[k * len(every) // parts:(k + 1) * len(every) // parts]
         own = torch.tensor([place[n] for n in part if n in place], dtype=torch.long, device=device)
-        yield batch.rows((own[:, None] * cfg.group_size
-                          + torch.arange(cfg.group_size, device=device)).flatten())
+        yield batch.rows(rows[own].flatten())
 
 
 def with_interval(name, k, shares, draws=2000):
@@ -1409,25 +1426,24 @@ def with_interval(name, k, shares, draws=2000):
 
 def sit_exams(run, exams, step):
     """Avg@k (9) and Pass@k (8) on every exam -> metrics, responses of all processes as rows for
-    responses.jsonl, and this process' Batch of each exam. The dice are the same in every exam."""
+    responses.jsonl, and this process' Batch of each exam. H is at the exam's temperature. The dice
+    are the same in every exam, so that two exams differ by the model alone."""
     cfg, metrics, rows, batches, k = run.cfg, {}, [], {}, run.cfg.eval_samples
     for name, problems in exams.items():
-        batch = attempt(run, list(enumerate(problems)), name, k, cfg.eval_temperature,
-                        cfg.eval_top_p)
+        numbered = list(enumerate(problems))
+        batch = attempt(run, numbered, name, k, cfg.eval_temperature, cfg.eval_top_p)
         batches[name], entropy = batch, (batch.H.sum(1) / batch.response_len).tolist()
-        mine = [dict(step=step, set=name, problem=p.text, answer=p.answer, right=bool(right),
+        mine = [dict(step=step, set=name, number=number, problem=p.text, answer=p.answer, right=bool(right),
                      tokens=int(n), ended=bool(ended), entropy=round(h, 6), response=text)
-                for p, right, n, ended, h, text in zip(
-                    [p for p in run.world.share(problems) for _ in range(k)], batch.right,
+                for (number, p), right, n, ended, h, text in zip(
+                    [x for x in run.world.share(numbered) for _ in range(k)], batch.right,
                     batch.response_len, batch.ended, entropy, decode(run, batch))]
-        per_rank = run.world.gather(mine)
-        every = [row for j in range(len(problems)) for row in
-                 per_rank[j % len(per_rank)][j // len(per_rank) * k:][:k]]
+        every = sorted(sum(run.world.gather(mine), []), key=lambda row: row["number"])
         rows += every
         c = torch.tensor([row["right"] for row in every]).view(-1, k).sum(1)            # (B,)
         total, n = sum(row["tokens"] for row in every), len(every)
-        sizes = [2 ** j for j in range(k.bit_length()) if 2 ** j < k] * cfg.eval_only + [k]
-        curve = {f"pass@{j}": sum(pass_at_k(k, int(x), j) for x in c) / len(c) for j in sizes}
+        smaller = [2 ** j for j in range(k.bit_length()) if cfg.eval_only and 2 ** j < k]
+        curve = {f"pass@{j}": sum(pass_at_k(k, int(x), j) for x in c) / len(c) for j in smaller}
         metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in {
             **with_interval("avg", k, c / k), **curve,
             **with_interval("pass", k, torch.tensor([pass_at_k(k, int(x), k) for x in c])),
@@ -1438,8 +1454,8 @@ def sit_exams(run, exams, step):
 
 
 def measure(run, batch, groups, updates):
-    """The metrics of one step, of all processes: of all that was tried, and (loss to drift) of the
-    groups learned from."""
+    """The metrics of one step, of all processes: of all that was tried, or, from the loss on, of the
+    groups learned from. Also the entropy histogram of the step."""
     G, mask = run.cfg.group_size, batch.mask
     right = batch.right.view(-1, G)
     kept = torch.tensor([number is not None for number, _ in groups], dtype=torch.bool,
@@ -1463,7 +1479,7 @@ def measure(run, batch, groups, updates):
              groups=int(s["groups"]), groups_all_right=int(s["all_right"]),
              groups_all_wrong=int(s["all_wrong"]), loss=s["loss"],
              grad_norm=sum(norms) / len(norms), clip_fraction=s["clipped"] / used,
-             sampler_gap=s["gap"] / len(parts))
+             sampler_gap=s["gap"] / tokens)
     for key, x, whole in (("tokens", s["count"], used), ("drift", s["drift"], s["count"]),
                           ("advantage", s["credit"], s["credit"].sum()),
                           ("entropy", s["nats"], s["nats"].sum())):
@@ -1478,7 +1494,8 @@ def measure(run, batch, groups, updates):
 # --------------------------------------------------------------------------------------------------
 
 class World:
-    """The processes of a run, one a GPU. With one process every method is the identity."""
+    """The processes of a run, one a GPU. On one process, but for the sharding on a GPU, every
+    method is the identity."""
 
     def __init__(self, cfg):
         self.rank, self.size = (int(os.environ.get(x, y)) for x, y in (("RANK", 0),
@@ -1490,7 +1507,7 @@ class World:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         self.bf16 = cfg.matmuls == "bf16" or cfg.matmuls == "auto" and cuda
-        self.sharded = self.size > 1 or self.bf16
+        self.sharded = self.size > 1 or self.bf16 or cfg.offload and cuda
         if self.sharded and not dist.is_initialized():
             alone = {} if self.size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -1582,13 +1599,14 @@ def plan(cfg, world):
         P = sum(p.numel() for p in AutoModelForCausalLM.from_config(c).parameters())
     cuda, width, D, L = world.device.type == "cuda", 2 if world.bf16 else 4, c.hidden_size, \
         c.num_hidden_layers
-    n, here = world.size, 0 if cfg.offload and cuda else 1
+    n, here, learns = world.size, not (cfg.offload and cuda), not cfg.eval_only
     tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     kv = 2 * L * width * c.num_key_value_heads * (getattr(c, "head_dim", None)
                                                   or D // c.num_attention_heads)
     inside = 6 * D + 4 * c.intermediate_size        # numbers a token that one layer keeps
-    parts = dict(weights=4 * P / n * here, gradients=4 * P / n * here, moments=8 * P / n * here,
+    parts = dict(weights=4 * P / n * here, gradients=4 * P / n * here * learns,
+                 moments=8 * P / n * here * learns,
                  working=width * (P / L + 2 * c.vocab_size * D) * world.sharded,
                  activations=max(tokens, longest) * width * (
                      L * D + inside if cuda else L * inside),
@@ -1597,14 +1615,17 @@ def plan(cfg, world):
     parts = {name: x / 1e9 for name, x in parts.items()}
     update = sum(x for name, x in parts.items() if name not in ("copy", "kv_cache"))
     rollout = sum(parts[name] for name in ("weights", "moments", "copy", "kv_cache"))
-    free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") \
-        * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = math.inf             # where the system does not tell
+    if cuda:
+        free = torch.cuda.mem_get_info()[0]
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / n
     world.print(f"{cfg.model}: {P / 1e6:.1f}M parameters on {n} x {world.device.type}; GB each: "
                 + ", ".join(f"{name} {x:.2f}" for name, x in parts.items())
                 + f" (one group); update {update:.2f}, rollout {rollout:.2f}, "
                 f"free {free / 1e9:.2f}")
     remedy = "use more --gpus, --offload, or a smaller model" if cuda else "use a smaller model"
-    for phase, size in (("update", update), ("rollout", rollout)):
+    for phase, size in (("update", update * learns), ("rollout", rollout)):
         need(size < free / 1e9, f"the {phase} needs about {size:.0f} GB of {free / 1e9:.0f} GB: "
              f"{remedy}; a smaller --microbatch-tokens or --max-response-tokens helps a little")
 
@@ -1650,19 +1671,23 @@ def save_model(run, out):
 
 
 @contextlib.contextmanager
-def saving(run, out):
-    """Around a run: what was learned is kept, also on a second Ctrl-C, or an error if there is one
-    process; among several, saving after an error would wait for those that did not fail."""
+def saving_model(run, out):
+    """Around the learning: what was learned is kept, whatever ends it. Where only one of several
+    processes failed, nothing can be saved: the others would wait for it."""
+    alone = run.world.size == 1
     try:
         yield
-    except KeyboardInterrupt:
-        run.world.print("\neapo: stopped at once")
-        if run.world.size > 1:
-            raise
-    except BaseException:
-        if run.world.size > 1:
-            raise
+    except SystemExit:                                      # refused by all of them alike
         save_model(run, out)
+        raise
+    except KeyboardInterrupt:
+        print("\neapo: stopped at once")
+        if alone:
+            save_model(run, out)
+        raise SystemExit(130) from None
+    except BaseException:
+        if alone:
+            save_model(run, out)
         raise
     save_model(run, out)
 
@@ -1679,14 +1704,14 @@ def save_checkpoint(run, optimizer, stream, step, out):
             dict(step=step, position=stream.position, data=fingerprint(stream))))
         shutil.rmtree(path, ignore_errors=True)
         os.replace(path + ".new", path)
-        for old in sorted(os.listdir(folder))[:-2]:
+        for old in sorted(x for x in os.listdir(folder) if not x.endswith(".new"))[:-2]:
             shutil.rmtree(os.path.join(folder, old))
     run.world.gather(None)
 
 
-def load_checkpoint(run, optimizer, stream, out):
-    """Set weights, moments and data position from the last checkpoint of a run -> its step."""
-    folder = os.path.join(out, "checkpoint")
+def load_checkpoint(run, optimizer, stream, look):
+    """Set weights, moments, data position and the log from a run's last checkpoint -> its step."""
+    out, folder = look.out, os.path.join(look.out, "checkpoint")
     found = sorted(x for x in os.listdir(folder) if not x.endswith(".new")) \
         if os.path.isdir(folder) else []
     need(found, f"{out} holds no checkpoint: it was stopped before the first --save-every")
@@ -1701,6 +1726,7 @@ def load_checkpoint(run, optimizer, stream, out):
     set_state_dict(run.policy, optimizer, model_state_dict=saved["model"],
                    optim_state_dict=saved["optimizer"])
     stream.position = state["position"]
+    look.resume(state["step"])
     return state["step"]
 
 
@@ -1736,11 +1762,15 @@ class Look:
         self.rows, self.before, self.after = [], None, None     # {exam: Batch}: first, last exam
 
     def resume(self, step):
-        """Take up metrics.jsonl where the checkpoint was written; later lines are dropped."""
-        path = os.path.join(self.out, "metrics.jsonl")
-        self.rows = [row for row in read_jsonl(path) if row["step"] <= step]
-        if self.run.world.rank == 0:
-            replace_file(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        """Take up metrics.jsonl and responses.jsonl where the checkpoint was written."""
+        for name in ("responses.jsonl", "metrics.jsonl"):
+            path = os.path.join(self.out, name)
+            with open(path, "a+", encoding="utf-8") as f:
+                f.seek(0)
+                whole = [json.loads(line) for line in f if line.endswith("\n")]
+            self.rows = [row for row in whole if row["step"] <= step]
+            if self.run.world.rank == 0:
+                replace_file(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def steps(self, first):
         """first, first + 1 ... cfg.steps under a progress bar."""
@@ -1752,16 +1782,16 @@ class Look:
         every = self.run.cfg.eval_every
         return every > 0 and (step % every == 0 or step == self.run.cfg.steps)
 
-    def at(self, step, metrics):
-        """Log a step, and sit the exams if it is their turn."""
-        cfg, world = self.run.cfg, self.run.world
+    def at(self, step, metrics, exam):
+        """Log a step, and sit the exams if asked to."""
+        world = self.run.world
         if metrics:
             self.bar.set_postfix_str(f"reward {metrics['reward']:+.2f}, entropy "
                                      f"{metrics['entropy']:.3f} nats, "
                                      f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
         if step == 1:
             self.warn(metrics)
-        if cfg.eval_only or self.due(step):
+        if exam:
             found, responses, self.after = sit_exams(self.run, self.exams, step)
             metrics, self.before = metrics | found, self.before or self.after
             if world.rank == 0:
@@ -1991,13 +2021,15 @@ def compare(folders):
             with open(f"{folder}/config.json") as f, open(f"{folder}/metrics.jsonl") as g:
                 found[folder] = json.load(f), [json.loads(line) for line in g]
     fields = dict.fromkeys(name for config, _ in found.values() for name in config)
-    apart = [name for name in fields if name not in ("seed", "out", "versions")
+    apart = [name for name in fields if name not in {"seed", "out", "versions", *MAY_CHANGE}
              and len({str(config.get(name)) for config, _ in found.values()}) > 1]
     for folder, (config, rows) in found.items():
         label = ", ".join(f"{name} {config[name]}" for name in apart
                           if config.get(name) not in ("", None))
         runs.setdefault(label or os.path.basename([*found][0]), []).append(rows)
     return runs
+
+
 # --------------------------------------------------------------------------------------------------
 # Part 10. The loop: try, mark, compare, learn, look.
 # --------------------------------------------------------------------------------------------------
@@ -2009,23 +2041,22 @@ def train(cfg):
     if cfg.model != "tiny":
         plan(cfg, world)
     run = load(cfg, world)
-    stream, exams, solutions = load_data(cfg, run.tokenizer)
+    stream, exams, solutions = load_data(cfg, run.tokenizer, world)
     look = Look(run, out, exams)
     if cfg.eval_only:
-        return look.at(0, {}) or look.table({cfg.model: look.rows[0]})
+        look.at(0, {}, exam=True)
+        return look.table({cfg.model: look.rows[0]})
     doctor(run, stream.problems)
     world.print(f"this run is in {out}")
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0,
                                   fused=True)
-    with world.signals(), saving(run, out):
-        if cfg.resume:
-            step = load_checkpoint(run, optimizer, stream, out)
-            look.resume(step)
-        else:
-            imitate(run, solutions)
-            step = 0
-            look.at(step, {})
-        for step in look.steps(step + 1):
+    done = load_checkpoint(run, optimizer, stream, look) if cfg.resume else 0
+    with world.signals(), saving_model(run, out):
+        if not cfg.resume:
+            if not imitate(run, solutions):
+                return world.print("stopped in the warm-up, which cannot be resumed")
+            look.at(0, {}, exam=look.due(0))
+        for step in look.steps(done + 1):
             start = run.start_step()
 
             # Try, mark: answer each problem G times; +1 if the boxed answer is right, else -1.
@@ -2038,16 +2069,17 @@ def train(cfg):
             with run.timed("update"):
                 run.empty_sampler()
                 updates = [learn(run, optimizer, mini, f"step {step}")                  # (2)
-                           for mini in mini_batches(run, batch, groups, step)]
+                           for mini in mini_batches(run, batch, groups)]
 
             # Look: watch the reward; the loss of a policy gradient does not measure progress.
             metrics, histogram = measure(run, batch, groups, updates)
-            look.at(step, metrics | run.clocks(start, metrics))
             stop = world.asked_to_stop()
-            if stop or look.due(step) or step == cfg.steps:
-                look.write_report(batch, groups, histogram)
-            if stop or cfg.save_every and (step % cfg.save_every == 0 or step == cfg.steps):
+            last = stop or step == cfg.steps
+            look.at(step, metrics | run.clocks(start, metrics), exam=look.due(step) and not stop)
+            if stop or cfg.save_every and (last or step % cfg.save_every == 0):
                 save_checkpoint(run, optimizer, stream, step, out)
+            if last or look.due(step):
+                look.write_report(batch, groups, histogram)
             if stop:
                 break
     look.summary()
@@ -2066,7 +2098,7 @@ def main(argv=None):
         return print(f"eapo: {folder}/report.html")
     n = torch.cuda.device_count()
     need(cfg.gpus <= n, f"--gpus {cfg.gpus}: this machine has {n}")
-    if "RANK" not in os.environ and (cfg.gpus or n) > 1:        # one process a GPU
+    if "RANK" not in os.environ and (cfg.gpus or n) > 1 and cfg.model != "tiny":
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                    str(cfg.gpus or n), os.path.abspath(__file__), *(argv or sys.argv[1:])]
         os.execv(sys.executable, [sys.executable, *command])

@@ -884,7 +884,7 @@ def test_groups_that_agree_are_replaced_up_to_the_cap(monkeypatch):
         batch, groups = eapo.roll_out(run, stream)
         assert all((number is not None) == (p % 3 == 2) for number, p in groups)
         assert len(groups) == tried if tried else sum(n is not None for n, _ in groups) == 6
-        minis = list(eapo.mini_batches(run, batch, groups, 1))
+        minis = list(eapo.mini_batches(run, batch, groups))
         seen = [p for mini in minis for p in mini.ids[:, 0].view(-1, 4).tolist()]
         assert sorted(seen) == sorted([p] * 4 for n, p in groups if n is not None)
         assert max(len(m.ids) for m in minis) <= 8
@@ -950,7 +950,7 @@ def test_looking_does_not_change_the_run(tmp_path):
     """Two exams of one model give the same answers, and leave the random generator as it was."""
     cfg = config(tmp_path, "--max-response-tokens", 8)
     run = eapo.load(cfg, eapo.World(cfg))
-    exams = {"x": eapo.prepare(eapo.addition("exam")[:4], run.tokenizer, cfg, "x")}
+    exams = {"x": eapo.prepare(eapo.addition("exam")[:4], run.tokenizer, cfg, run.world, "x")}
     one = eapo.sit_exams(run, exams, 0)[2]["x"].ids
     torch.rand(1)                               # a step of training in between
     state = torch.get_rng_state()
@@ -998,14 +998,14 @@ def test_overlong_responses_lose_up_to_one(tmp_path, monkeypatch):
 
 # ---- many processes, checkpoints, the plan -------------------------------------------------------
 
-SMALL = ["--warmup-steps", "4", "--warmup-batch", "4", "--prompts-per-step", "4", "--group-size",
+SMALL = ["--warmup-steps", "4", "--warmup-batch", "1", "--prompts-per-step", "4", "--group-size",
          "4", "--prompts-per-minibatch", "2", "--max-response-tokens", "10", "--learning-rate",
          "1e-3", "--eval-every", "3", "--steps", "3"]
 CHILD = """
 import sys, torch, eapo
 torch.set_num_threads(1)
 eapo.is_correct = lambda text, gold: len(text) % 2 and (sys.argv[1] == "odd" or "77" in text)
-eapo.addition, real = (lambda split: real(split, 64, 64, 8)), eapo.addition
+eapo.addition, real = (lambda split: real(split, 64, 64, 1)), eapo.addition
 eapo.main(sys.argv[2:])
 """
 
@@ -1110,13 +1110,14 @@ def test_resuming_with_other_settings_or_data_is_refused(tmp_path, two_runs):
     with pytest.raises(SystemExit, match="no such file"):
         eapo.parse_args(["--resume", str(tmp_path)])
     run, stream = a_run(), eapo.Stream([Problem("1+1", "2")], 0)
+    look = eapo.Look(run, str(tmp_path), {})
     optimizer = torch.optim.AdamW(run.policy.parameters())
     with pytest.raises(SystemExit, match="holds no checkpoint"):
-        eapo.load_checkpoint(run, optimizer, stream, str(tmp_path))
+        eapo.load_checkpoint(run, optimizer, stream, look)
     eapo.save_checkpoint(run, optimizer, stream, 3, str(tmp_path))
-    assert eapo.load_checkpoint(run, optimizer, stream, str(tmp_path)) == 3
+    assert eapo.load_checkpoint(run, optimizer, stream, look) == 3
     with pytest.raises(SystemExit, match="its problems differ"):
-        eapo.load_checkpoint(run, optimizer, eapo.Stream([Problem("1+2", "3")], 0), str(tmp_path))
+        eapo.load_checkpoint(run, optimizer, eapo.Stream([Problem("1+2", "3")], 0), look)
 
 
 def test_the_plan_counts_what_the_paper_run_holds(tmp_path, monkeypatch, capsys):
@@ -1176,6 +1177,7 @@ def test_on_several_gpus_the_command_starts_itself_once_a_gpu(monkeypatch, gpus,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(os, "execv", lambda path, command: calls.append(command))
     monkeypatch.setattr(eapo, "train", lambda cfg: calls.append("train"))
+    monkeypatch.setattr(eapo, "parse_args", lambda argv: eapo.Config(gpus=int(gpus), model="x"))
     eapo.main(["--gpus", gpus, "--steps", "5"])
     if launched:
         assert calls[0][1:6] == ["-m", "torch.distributed.run", "--standalone",
@@ -1185,8 +1187,9 @@ def test_on_several_gpus_the_command_starts_itself_once_a_gpu(monkeypatch, gpus,
     monkeypatch.setenv("RANK", "0")
     eapo.main(["--gpus", gpus])
     assert calls[-1] == "train"
+    monkeypatch.setattr(eapo, "parse_args", lambda argv: eapo.Config(gpus=9))
     with pytest.raises(SystemExit, match="--gpus 9: this machine has 8"):
-        eapo.main(["--gpus", "9"])
+        eapo.main([])
 
 
 def test_a_failure_names_the_phase_and_the_process():
