@@ -1011,20 +1011,18 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
 
 
 def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
-    """The same by transformers' continuous batching: a paged KV cache in which a group shares the
-    blocks of its prompt, and finished rows make room for waiting ones. For GPUs. -> Batch without
-    H; `rescore` adds it, and puts pi_old in the place of the engine's own logp."""
-    greedy = temperature == 0       # the engine forks a prompt into a group only to sample
-    how = dict(do_sample=False) if greedy else dict(
-        do_sample=True, temperature=temperature, top_p=top_p, top_k=0,
-        num_return_sequences=group_size)
+    """The same by transformers' continuous batching: a paged KV cache in which equal prompts share
+    blocks, and finished rows make room for waiting ones. For GPUs. -> Batch without H; `rescore`
+    adds it, and puts pi_old in the place of the engine's own logp. (num_return_sequences would
+    spare prefills, but transformers 5.17 loses all responses of a group but one.)"""
+    how = dict(do_sample=False) if temperature == 0 else dict(
+        do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     config = GenerationConfig(max_new_tokens=max_tokens, eos_token_id=stop_ids,
                               pad_token_id=stop_ids[0], **how)
-    asked = [p for p in prompts for _ in range(group_size if greedy else 1)]
-    outputs = list(lm.generate_batch(
-        inputs=asked, generation_config=config, continuous_batching_config=
-        transformers.ContinuousBatchingConfig(return_logprobs=True, seed=seeds[0])).values())
     rows = [p for p in prompts for _ in range(group_size)]
+    outputs = list(lm.generate_batch(
+        inputs=rows, generation_config=config, continuous_batching_config=
+        transformers.ContinuousBatchingConfig(return_logprobs=True, seed=seeds[0])).values())
     failed = [o.error for o in outputs if o.error]
     need([o.prompt_ids for o in outputs] == rows and not failed,
          f"the engine answered {len(outputs) - len(failed)} of {len(rows)} requests, or not in "
@@ -1184,6 +1182,7 @@ def load(cfg, world):
     ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
     stop_ids = [x for x in dict.fromkeys(ends) if x is not None]
     need(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
+    lm.generation_config = GenerationConfig(eos_token_id=stop_ids)  # hub ones may not be savable
     lm = lm.eval()                                                        # dropout off
     with torch.no_grad():
         probe = torch.tensor([stop_ids[:1] * 2])
@@ -1197,7 +1196,9 @@ def load(cfg, world):
             sampler = AutoModelForCausalLM.from_config(
                 lm.config, dtype=torch.bfloat16 if world.bf16 else torch.float32).eval()
     policy = world.shard(Policy(lm), cfg.offload)
-    return Run(cfg, world, policy, tokenizer, stop_ids, sampler)
+    run = Run(cfg, world, policy, tokenizer, stop_ids, sampler)
+    run.empty_sampler()
+    return run
 
 
 def micro_batches(run, batch):
@@ -1302,7 +1303,13 @@ def imitate(run, problems):
 # problems, and what must be known of all of them goes through `world.gather`.
 # --------------------------------------------------------------------------------------------------
 
-ROWS = 512      # responses that the loop decodes at a time
+ROWS = 512      # responses that the loop decodes at a time, if the KV cache has room for them
+
+
+def kv_bytes(c, width):
+    """Bytes of KV cache a token, for a model's config c and numbers of `width` bytes."""
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * size * width
 
 
 def attempt(run, numbered, what, n, temperature, top_p):
@@ -1310,7 +1317,12 @@ def attempt(run, numbered, what, n, temperature, top_p):
     `right`, and `reward` +1 or -1. The dice depend on the seed, on `what` and on the number."""
     cfg, lm, mine = run.cfg, run.fill_sampler(), run.world.share(numbered)
     engine = cfg.sampler == "engine" or cfg.sampler == "auto" and lm.device.type == "cuda"
-    sample, B = (sample_engine, len(mine)) if engine else (sample_loop, max(1, ROWS // n))
+    rows = ROWS
+    if lm.device.type == "cuda" and not engine:
+        longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+        room = 0.6 * torch.cuda.mem_get_info()[0] / kv_bytes(lm.config, lm.dtype.itemsize)
+        rows = min(rows, int(room / longest))
+    sample, B = (sample_engine, len(mine)) if engine else (sample_loop, max(1, rows // n))
     seeds = [crc32(f"{cfg.seed} {what} {number}".encode()) for number, _ in mine]
     prompts = [p.ids for _, p in mine]
     with run.timed("sample"):
@@ -1523,7 +1535,8 @@ class World:
         how = dict(mesh=dist.init_device_mesh(self.device.type, (self.size,)),
                    mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if self.bf16 else None,
                                                   reduce_dtype=torch.float32),
-                   offload_policy=CPUOffloadPolicy() if offload and cuda else OffloadPolicy())
+                   offload_policy=CPUOffloadPolicy(pin_memory=False) if offload and cuda
+                   else OffloadPolicy())
         for layer in policy.lm.get_decoder().layers:
             if cuda:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -1591,43 +1604,40 @@ class World:
 
 def plan(cfg, world):
     """Print what each process will hold in memory, in GB, and refuse what cannot fit, before any
-    weight is read. The update holds weights, gradients, moments, activations and logits; the
+    weight is read. The update holds weights, gradients, moments and what it works with; the
     rollout weights, moments, a copy to sample from and the KV cache."""
     with reading(cfg.model):
         c = AutoConfig.from_pretrained(cfg.model)
     with torch.device("meta"):
         P = sum(p.numel() for p in AutoModelForCausalLM.from_config(c).parameters())
-    cuda, width, D, L = world.device.type == "cuda", 2 if world.bf16 else 4, c.hidden_size, \
-        c.num_hidden_layers
-    n, here, learns = world.size, not (cfg.offload and cuda), not cfg.eval_only
-    tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
+    n, cuda, D, L = world.size, world.device.type == "cuda", c.hidden_size, c.num_hidden_layers
+    width, here, learns = 2 if world.bf16 else 4, not (cfg.offload and cuda), not cfg.eval_only
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    kv = 2 * L * width * c.num_key_value_heads * (getattr(c, "head_dim", None)
-                                                  or D // c.num_attention_heads)
-    inside = 6 * D + 4 * c.intermediate_size        # numbers a token that one layer keeps
-    parts = dict(weights=4 * P / n * here, gradients=4 * P / n * here * learns,
-                 moments=8 * P / n * here * learns,
-                 working=width * (P / L + 2 * c.vocab_size * D) * world.sharded,
-                 activations=max(tokens, longest) * width * (
-                     L * D + inside if cuda else L * inside),
-                 logits=5 * 4 * CHUNK, copy=width * P * world.sharded,
-                 kv_cache=kv * longest * cfg.group_size)
-    parts = {name: x / 1e9 for name, x in parts.items()}
-    update = sum(x for name, x in parts.items() if name not in ("copy", "kv_cache"))
-    rollout = sum(parts[name] for name in ("weights", "moments", "copy", "kv_cache"))
-    free = math.inf             # where the system does not tell
-    if cuda:
-        free = torch.cuda.mem_get_info()[0]
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / n
+    tokens = max(longest, cfg.microbatch_tokens or (16384 if cuda else 2048))
+    layer = tokens * width * (6 * D + 4 * c.intermediate_size)      # activations
+    ends = 2 * c.vocab_size * D * world.sharded                     # embedding and head, whole
+    working = max(5 * 4 * CHUNK + 2 * width * (P / L * world.sharded + ends)
+                  + (tokens * width * L * D + layer if cuda else L * layer),
+                  ends * (2 * width + 4 + 4 / n))                   # as their gradients are reduced
+    size = dict(weights=4 * P / n * here, gradients=4 * P / n * here * learns,
+                moments=8 * P / n * here * learns, working=working * learns,
+                copy=width * P * world.sharded, kv_cache=kv_bytes(c, width) * longest * cfg.group_size)
+    size = {name: x / 1e9 for name, x in size.items()}
+    update = sum(size[name] for name in ("weights", "gradients", "moments", "working"))
+    rollout = sum(size[name] for name in ("weights", "moments", "copy", "kv_cache"))
+    host = math.inf             # where the system does not tell
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    free = torch.cuda.mem_get_info()[0] / 1e9 if cuda else host / n
     world.print(f"{cfg.model}: {P / 1e6:.1f}M parameters on {n} x {world.device.type}; GB each: "
-                + ", ".join(f"{name} {x:.2f}" for name, x in parts.items())
-                + f" (one group); update {update:.2f}, rollout {rollout:.2f}, "
-                f"free {free / 1e9:.2f}")
-    remedy = "use more --gpus, --offload, or a smaller model" if cuda else "use a smaller model"
-    for phase, size in (("update", update * learns), ("rollout", rollout)):
-        need(size < free / 1e9, f"the {phase} needs about {size:.0f} GB of {free / 1e9:.0f} GB: "
-             f"{remedy}; a smaller --microbatch-tokens or --max-response-tokens helps a little")
+                + ", ".join(f"{name} {x:.2f}" for name, x in size.items())
+                + f" (one group); update {update:.2f}, rollout {rollout:.2f}, free {free:.2f}")
+    if cuda and (4 * P * n + 16 * P * (not here)) / 1e9 > host:
+        world.print("warning: loading, or --offload, needs more host memory than is free")
+    need(max(update, rollout) < free,
+         f"the {'update' if update > rollout else 'rollout'} needs about {max(update, rollout):.0f} "
+         f"GB of {free:.0f} GB: use {'more --gpus, --offload, or ' * cuda}a smaller model; a smaller "
+         "--microbatch-tokens or --max-response-tokens helps a little")
 
 
 def doctor(run, problems):
@@ -2090,7 +2100,8 @@ def main(argv=None):
     cfg = parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+    for known in ("`past_key_values` is deprecated", "torch.distributed is disabled"):
+        warnings.filterwarnings("ignore", known)
     if cfg.compare:
         folder = cfg.out or "runs"
         os.makedirs(folder, exist_ok=True)
@@ -2101,6 +2112,8 @@ def main(argv=None):
     if "RANK" not in os.environ and (cfg.gpus or n) > 1 and cfg.model != "tiny":
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                    str(cfg.gpus or n), os.path.abspath(__file__), *(argv or sys.argv[1:])]
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7200")     # Ctrl-C: end the step
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // (cfg.gpus or n))))
         os.execv(sys.executable, [sys.executable, *command])
     if cfg.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)        # its matrices are too small for more to help
