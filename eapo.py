@@ -308,9 +308,9 @@ def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
 
     A (N,), H (N, T), mask (N, T) -> A^CA (N, T), zero outside the mask. This is EAPO.
 
-    Read it as volume, not direction. sign(A) makes an uncertain token louder where A > 0 (mostly
-    right responses) and where A < 0 alike, a token of low entropy softer in both. A^CA / A stays within
-    1 +- alpha/phi, 0.9 to 1.1 at the defaults, so no sign can turn. alpha = 0 gives every token A:
+    Read it as volume, not direction. sign(A) makes an uncertain token louder where A > 0, in right
+    responses, and where A < 0, in wrong ones; a token of low entropy softer in both. A^CA / A stays
+    within 1 +- alpha/phi, 0.9 to 1.1 at the defaults, so no sign can turn. alpha = 0 gives every token A:
     GRPO's credit. detach: if a gradient flowed through H, the policy could earn by changing its
     uncertainty instead of its answers. Our H has no gradient; detach keeps that so for any caller.
     """
@@ -1445,8 +1445,8 @@ def sit_exams(run, exams, step):
         numbered = list(enumerate(problems))
         batch = attempt(run, numbered, name, k, cfg.eval_temperature, cfg.eval_top_p)
         batches[name], entropy = batch, (batch.H.sum(1) / batch.response_len).tolist()
-        mine = [dict(step=step, set=name, number=number, problem=p.text, answer=p.answer, right=bool(right),
-                     tokens=int(n), ended=bool(ended), entropy=round(h, 6), response=text)
+        mine = [dict(step=step, set=name, number=number, problem=p.text, answer=p.answer,
+                     right=bool(right), tokens=int(n), ended=bool(ended), entropy=round(h, 6), response=text)
                 for (number, p), right, n, ended, h, text in zip(
                     [x for x in run.world.share(numbered) for _ in range(k)], batch.right,
                     batch.response_len, batch.ended, entropy, decode(run, batch))]
@@ -1466,8 +1466,8 @@ def sit_exams(run, exams, step):
 
 
 def measure(run, batch, groups, updates):
-    """The metrics of one step, of all processes: of all that was tried, or, from the loss on, of the
-    groups learned from. Also the entropy histogram of the step."""
+    """The metrics of one step, of all processes: of all that was tried, or, from the loss on, of
+    the groups learned from. Also the entropy histogram of the step."""
     G, mask = run.cfg.group_size, batch.mask
     right = batch.right.view(-1, G)
     kept = torch.tensor([number is not None for number, _ in groups], dtype=torch.bool,
@@ -1621,7 +1621,8 @@ def plan(cfg, world):
                   ends * (2 * width + 4 + 4 / n))                   # as their gradients are reduced
     size = dict(weights=4 * P / n * here, gradients=4 * P / n * here * learns,
                 moments=8 * P / n * here * learns, working=working * learns,
-                copy=width * P * world.sharded, kv_cache=kv_bytes(c, width) * longest * cfg.group_size)
+                copy=width * P * world.sharded,
+                kv_cache=kv_bytes(c, width) * longest * cfg.group_size)
     size = {name: x / 1e9 for name, x in size.items()}
     update = sum(size[name] for name in ("weights", "gradients", "moments", "working"))
     rollout = sum(size[name] for name in ("weights", "moments", "copy", "kv_cache"))
@@ -1634,10 +1635,10 @@ def plan(cfg, world):
                 + f" (one group); update {update:.2f}, rollout {rollout:.2f}, free {free:.2f}")
     if cuda and (4 * P * n + 16 * P * (not here)) / 1e9 > host:
         world.print("warning: loading, or --offload, needs more host memory than is free")
-    need(max(update, rollout) < free,
-         f"the {'update' if update > rollout else 'rollout'} needs about {max(update, rollout):.0f} "
-         f"GB of {free:.0f} GB: use {'more --gpus, --offload, or ' * cuda}a smaller model; a smaller "
-         "--microbatch-tokens or --max-response-tokens helps a little")
+    remedy = "use " + "more --gpus, --offload, or " * cuda + "a smaller model; smaller " \
+        "--microbatch-tokens or --max-response-tokens help a little"
+    for phase, gigabytes in (("update", update * learns), ("rollout", rollout)):
+        need(gigabytes < free, f"the {phase} needs about {gigabytes:.0f} GB of {free:.0f} GB: {remedy}")
 
 
 def doctor(run, problems):
@@ -1650,8 +1651,8 @@ def doctor(run, problems):
     junk = sum(is_correct("\\boxed{no idea}", gold) for gold in golds) / len(golds)
     run.world.print(f"first prompt: {text[:400]!r}\n  {len(p.ids)} ids, {p.ids[:8]} .. "
                     f"{p.ids[-4:]}, BOS {p.ids.count(bos) if bos is not None else 0} times; "
-                    f"responses end with {tokenizer.convert_ids_to_tokens(run.stop_ids)}\nverifier: {paid:.0%} of "
-                    f"{len(golds)} gold answers are paid, {junk:.0%} of junk")
+                    f"responses end with {tokenizer.convert_ids_to_tokens(run.stop_ids)}\n"
+                    f"verifier: {paid:.0%} of {len(golds)} gold answers are paid, {junk:.0%} of junk")
     if "boxed" not in text and run.cfg.model != "tiny":
         run.world.print("warning: the prompt does not ask for \\boxed{}: unless the model boxes "
                         "its answer anyway, no response will be right; say so in the problems, "

@@ -681,7 +681,8 @@ EQUAL = pairs(r"""
     1{,}234.5 ~ 1234.5 ;; 2,\!000 ~ 2000 ;; \text{13} ~ 13 ;; 1,2 ~ (1,2) ;; -x+y ~ y-x
     1,234,567 ~ 1234567 ;; \frac{20,000}{3} ~ \frac{20000}3 ;; a_1 + b ~ b + a_1 ;; 2^{3^2} ~ 512
     x>3 ~ (3,\infty) ;; [1,2) ~ 2 > x \ge 1 ;; x<1 \text{ or } 3<x ~ (-\infty,1)\cup(3,\infty)
-    \binom52 ~ 10 ;; \sqrt2\sqrt3 ~ \sqrt6 ;; \sin\pi ~ 0 ;; x \in [0,1) ~ [0,1) ;; x=1,2 ~ x = 2, 1""")
+    \binom52 ~ 10 ;; \sqrt2\sqrt3 ~ \sqrt6 ;; \sin\pi ~ 0 ;; x \in [0,1) ~ [0,1)
+    x=1,2 ~ x = 2, 1""")
 UNEQUAL = pairs(r"""
     (2,1) ~ (1,2) ;; (0,1) ~ [0,1) ;; 2,1 ~ (1,2) ;; 1,1 ~ 1 ;; 1 ~ 1,1 ;; 50 ~ 0.5
     1:00 ~ 12:00 ;; 5 ~ \pm 5 ;; 5 ~ 4\sqrt2 ;; 1/2004! ~ -1/2004! ;; 1/2006! ~ 1/2004!
@@ -1203,8 +1204,8 @@ def test_a_failure_names_the_phase_and_the_process():
 # ---- exams and the report ------------------------------------------------------------------------
 
 def test_an_exam_alone_leaves_verdicts_that_can_be_checked(tmp_path):
-    """Two sets in one go; every response is kept with its verdict, which the verifier repeats; Avg@k
-    and Pass@k are those of the verdicts, with intervals that hold them."""
+    """Two sets in one go; every response is kept with its verdict, which the verifier repeats;
+    Avg@k and Pass@k are those of the verdicts, with intervals that hold them."""
     for name in "AB":
         (tmp_path / f"{name}.jsonl").write_text("".join(
             json.dumps({"problem": p.text, "answer": p.answer}) + "\n"
