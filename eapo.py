@@ -1862,11 +1862,12 @@ class Look:
         rates = [row["solve_rate"] for row in self.rows if "solve_rate" in row]
         print("\nsolve rate of the steps, 0 to 1:  "
               + "".join(" ▁▂▃▄▅▆▇█"[min(8, int(9 * r))] for r in rates[-100:]))
-        results = {row["step"]: row for row in self.rows if any("@" in key for key in row)}
         if self.before and self.before is not self.after:
             self.responses(self.before, self.after)
-        self.table({f"step {step}" if step else "base": results[step]
-                    for step in dict.fromkeys((min(results), max(results)))} if results else {})
+        results = [row for row in self.rows if any("@" in key for key in row)]
+        if results:
+            self.table({f"step {row['step']}" if row["step"] else "base": row
+                        for row in (results[0], results[-1])})
         print(f"\nmetrics, report.html, trained model: in {self.out}")
 
     def table(self, results):
