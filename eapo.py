@@ -23,7 +23,7 @@ in; they print it as a mean per group (--loss-mean group). A bound c for A < 0 c
     r      reward of a response, +1 right or -1 wrong (less with --overlong)      (N,)
     A      advantage of a response: how much better than its group, (1)           (N,)
     A^CA   advantage of a token, (7); what Batch.A and the loss hold              (N, T)
-    pi_old the policy that sampled: full vocabulary, at the sampling temperature
+    pi_old the policy as the step began: full vocabulary, at the sampling temperature
     H      entropy of pi_old before it drew each token, in nats                   (N, T)
     mask   True on response tokens, the stop token included                       (N, T)
     mu_H, sigma_H   mean and deviation of H over all response tokens of one group (N, 1)
@@ -32,18 +32,19 @@ in; they print it as a mean per group (--loss-mean group). A bound c for A < 0 c
 The program in one breath, with the functions that do it and the parts they stand in:
 
     for each step:                                               the loop is `train`, part 10
-        try      sample G responses to each of B prompts         sample_loop (5), roll_out (7)
-        mark     r = +1 where \\boxed{} holds the right answer    is_correct (3), attempt (7)
-        compare  A (1) from the group, A^CA (7) from entropies   part 2, called by give_credit (7)
-        learn    clipped gradient steps on L (2)                 policy_loss (2), learn (6)
-        look     log what happened; now and then sit an exam     measure, sit_exams (7)
+        try      sample G responses to each of B prompts         sample_loop, part 5; roll_out, 7
+        mark     r = +1 where \\boxed{} holds the right answer    is_correct, part 3; attempt, 7
+        compare  A (1) from the group, A^CA (7) from entropies   part 2; give_credit, part 7
+        learn    gradient steps on the clipped L (2)             policy_loss, part 2; learn, 6
+        look     log what happened; now and then sit an exam     measure, sit_exams, part 7
 
 Run:
     python eapo.py                                   a tiny model learns to carry: a laptop, minutes
     python eapo.py --model Qwen/Qwen2.5-Math-7B      the paper's run and data, on all GPUs there are
     python eapo.py --help                            every setting
 
-Left out on purpose: a value network, a KL penalty with its reference model, a learned reward.
+Left out on purpose: a value network (a learned guess of the reward to come), a KL penalty with its
+reference model, a learned reward.
 """
 import argparse
 import cmath
@@ -88,11 +89,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 # a model or a method changes, so that `--model tiny`, the default, fits a laptop.
 # --------------------------------------------------------------------------------------------------
 
-METHODS = {     # rules of credit, see the end of part 2, and the settings they bring
+METHODS = {     # rules of credit and loss, see the end of part 2, and the settings they bring
     "eapo": {}, "grpo": {}, "forking": {}, "entroadv": {}, "entroreg": {}, "w-reinforce": {},
     "dapo": dict(resample=2, overlong=0.2),
     "kl-cov": dict(clip_low=1.0, clip_high=math.inf, clip_c=0.0),       # a penalty, and no clip
 }
+# the quadrants of part 2 in the order of their codes, 1 to 4, with their colours on a terminal
 QUADRANTS = {"PHR": "\033[1;92m", "PLR": "\033[32m", "NLR": "\033[31m", "NHR": "\033[1;91m"}
 
 
@@ -121,7 +123,7 @@ class Config:
     microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and "
                                      "speed, not results; 0 = 16384 on a GPU, 2048 on a CPU")
     resample: int = flag(2, "at most this many more rounds of sampling a step, in place of groups "
-                            "whose rewards are all equal (dynamic sampling)")
+                            "that are all right or all wrong (dynamic sampling)")
     max_prompt_tokens: int = flag(1024, "longer prompts are left out", "sampling")
     max_response_tokens: int = flag(3072, "responses are cut after this many tokens")
     temperature: float = flag(1.0, "of training: sampling, log-probabilities, entropies")
@@ -129,9 +131,9 @@ class Config:
     sampler: str = flag("auto", "loop: ours; engine: transformers' continuous batching; auto: the "
                                 "engine on a GPU", choices=("auto", "loop", "engine"))
     method: str = flag("eapo", "the rule of credit", "credit and loss", choices=tuple(METHODS))
-    alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives GRPO's advantages")
+    alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
-    quadrants: str = flag("", "learn from these alone, of PHR,PLR,NLR,NHR; empty: from all")
+    quadrants: str = flag("", "give credit to these alone, of PHR,PLR,NLR,NHR; empty: all")
     without: str = flag("", "quadrants in which the entropy term of (7) is left out")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
@@ -281,13 +283,12 @@ def entropy_mean_std(H, mask, group_size):
     (N, T), (N, T) -> (N, 1), (N, 1), the same in the G rows of a group. A long response has more
     tokens and so more say. sigma_H carries + 1e-6, for the group whose tokens are all alike.
     """
-    shape = len(mask) // group_size, group_size * mask.shape[1]               # B, G*T
-    total = lambda x: torch.where(mask, x, 0).view(shape).sum(1, keepdim=True)
-    n = total(mask.int())                                                     # (B, 1)
-    per_row = lambda x: x.repeat_interleave(group_size, 0)                    # (B, 1) -> (N, 1)
-    mu = per_row(total(H) / n)
-    sigma = per_row((total((H - mu) ** 2) / (n - 1).clamp(min=1)).sqrt() + 1e-6)
-    return mu, sigma
+    m = mask.view(len(mask) // group_size, group_size, mask.shape[1])         # (B, G, T)
+    h, n = H.view(m.shape), m.sum((1, 2), keepdim=True)
+    mu = torch.where(m, h, 0).sum((1, 2), keepdim=True) / n                   # (B, 1, 1)
+    squares = torch.where(m, h - mu, 0).square().sum((1, 2), keepdim=True)
+    sigma = (squares / (n - 1).clamp(min=1)).sqrt() + 1e-6
+    return tuple(x.flatten().repeat_interleave(group_size)[:, None] for x in (mu, sigma))
 
 
 def entropy_score(A, H, mask, group_size, phi):
@@ -308,11 +309,12 @@ def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
 
     A (N,), H (N, T), mask (N, T) -> A^CA (N, T), zero outside the mask. This is EAPO.
 
-    Read it as volume, not direction. sign(A) makes an uncertain token louder where A > 0, in right
-    responses, and where A < 0, in wrong ones; a token of low entropy softer in both. A^CA / A stays
-    within 1 +- alpha/phi, 0.9 to 1.1 at the defaults, so no sign can turn. alpha = 0 gives every token A:
-    GRPO's credit. detach: if a gradient flowed through H, the policy could earn by changing its
-    uncertainty instead of its answers. Our H has no gradient; detach keeps that so for any caller.
+    Read it as volume, not direction. sign(A) turns the score to the side of A: a token above mu_H
+    is praised more in a right response and blamed more in a wrong one, a token below it less in
+    both. A^CA / A stays within 1 +- alpha/phi, 0.9 to 1.1 at the defaults, so no sign can turn.
+    alpha = 0 gives every token A: GRPO's credit. detach: if a gradient flowed through H, the policy
+    could earn by changing its uncertainty instead of its answers. H comes without one from
+    `sample_loop` and `rescore`; detach keeps it so for any caller.
     """
     score = entropy_score(A, H, mask, group_size, phi).detach()               # (N, T)
     return (A[:, None] + alpha * A.sign()[:, None] * score) * mask            # (N, T)  (7)
@@ -348,16 +350,16 @@ def surrogate(rho, A, clip_low, clip_high, clip_c):
 def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
     """- sum over tokens of mask * surrogate (2).  (N, T) each -> scalar.
 
-    A sum: the caller divides, or hands in `token_weights` in place of the mask. On the first
-    mini-batch of a step rho is 1 but for rounding, and the gradient is the policy gradient,
-    - sum of A grad log pi. The loss does not measure progress: watch the reward.
+    A sum: the mask may hold weights, and `learn` hands in token_weights over their sum. On the
+    first mini-batch of a step rho is 1 but for rounding, and the gradient is the policy gradient,
+    - sum of A grad log pi.
     """
     rho = (logp - old_logp).exp()                                             # (N, T)
     return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
 
 
 def token_weights(mask, group_size, loss_mean):
-    """What each token counts in (2): (N, T). `learn` divides by the sum of all of them.
+    """What each token counts in (2): (N, T). `descend` divides by the sum of all of them.
 
     "tokens": 1, so that a token weighs the same in any response (DAPO and verl). "group": 1 over
     the tokens of its group, which is how the paper prints (2): a mean per prompt, then over
@@ -372,7 +374,7 @@ def token_weights(mask, group_size, loss_mean):
 # token; DAPO is GRPO with dynamic sampling and the soft overlong penalty of `attempt`; EntroReg
 # adds - beta mean(H) to the loss, see `learn`. "All tokens" are the response tokens of a step, of
 # dropped groups too, on all GPUs: a threshold is set once a step, and the tokens that it leaves out
-# stay in the denominator of (2).
+# stay in the denominator of (2), which counts the tokens of the groups learned from.
 
 ENTROPY_BONUS = 0.001   # beta of EntroReg; the paper names none
 
@@ -383,8 +385,9 @@ def threshold(x, share):
 
 
 def forking(A, H, mask, tau):
-    """A where H >= tau, else 0; tau cuts off the top 20% of all tokens by entropy (Wang et al.
-    2025): learning at the forks alone. (N,), (N, T), (N, T), scalar -> (N, T)"""
+    """A where H >= tau, else 0; tau is the lowest entropy among the top 20% of all tokens (Wang et
+    al. 2025): learning at the forks, the uncertain decisions, alone.
+    (N,), (N, T), (N, T), scalar -> (N, T)"""
     return A[:, None] * (H >= tau) * mask
 
 
@@ -431,7 +434,8 @@ def proxy_information(counts):
 
 
 def pass_at_k(n, c, k):
-    """(8)  1 - C(n - c, k) / C(n, k): the chance that k of n samples, c right, hold a right one."""
+    """(8)  1 - C(n - c, k) / C(n, k): the chance that k drawn from n samples, of which c are right,
+    hold a right one."""
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k)) if n - c >= k else 1.0
 
 
@@ -919,8 +923,8 @@ def dice(seeds, n, T):
     """n rows of T uniform numbers in [0, 1) for each seed: (len(seeds) * n, T).
 
     `sample_loop` draws every token by a number that depends on its prompt's seed, its row and its
-    place alone: the same responses come out on one GPU or eight, and from a run that was resumed.
-    (The engine has dice of its own.)
+    place alone: the same dice fall on one GPU or eight, and in a run that was resumed. (The engine
+    has dice of its own.)
     """
     rows = [torch.rand(n, T, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.cat(rows)
@@ -967,8 +971,8 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     Each prompt is read once and its KV cache repeated G times. Then one token at a time for all
     rows. A row that drew a stop token is finished, the stop token belonging to it; finished rows
     are taken out of the batch once they are a fifth of it. Prompts are padded on the left, so that
-    all rows draw their next token in the same column. -> Batch of N rows with logp and H, which
-    the logits drawn from give for free.
+    all rows draw their next token in the same column. -> Batch of N rows; logp and H come
+    free from the logits that are drawn from.
     """
     device, P = lm.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
@@ -1024,9 +1028,9 @@ def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_
         inputs=rows, generation_config=config, continuous_batching_config=
         transformers.ContinuousBatchingConfig(return_logprobs=True, seed=seeds[0])).values())
     failed = [o.error for o in outputs if o.error]
-    need([o.prompt_ids for o in outputs] == rows and not failed,
-         f"the engine answered {len(outputs) - len(failed)} of {len(rows)} requests, or not in "
-         f"order {failed[:1]}; try --sampler loop")
+    if [o.prompt_ids for o in outputs] != rows or failed:
+        raise RuntimeError(f"the engine answered {len(outputs) - len(failed)} of {len(rows)} "
+                           f"requests, or not in order {failed[:1]}; try --sampler loop")
     responses = [o.generated_tokens for o in outputs]
     batch = pack(rows, responses, lm.device)
     ended = torch.tensor([r[-1] in stop_ids for r in responses], device=lm.device)
@@ -1121,7 +1125,6 @@ class Run:
     tokenizer: object
     stop_ids: list              # a response ends with one of these, the tokenizer's own first
     sampler: object             # the model to sample from: a copy of the policy, or itself
-    fresh: bool = False         # whether the copy holds today's weights
     gap: float = 0.0            # sum of |log pi_sampler - log pi_old| over this step's tokens, nats
     seconds: dict = field(default_factory=dict)     # of this step, by phase
     bytes: dict = field(default_factory=dict)       # peak of GPU memory, by phase
@@ -1155,19 +1158,16 @@ class Run:
 
     @torch.no_grad()
     def fill_sampler(self):
-        """The sampler with the weights of the policy, gathered from all GPUs in its precision."""
-        if self.sampler is not self.policy.lm and not self.fresh:
-            for mine, theirs in zip(self.sampler.parameters(), self.policy.lm.parameters()):
+        """The sampler; if it is an emptied copy, with the weights of the policy put into it."""
+        for mine, theirs in zip(self.sampler.parameters(), self.policy.lm.parameters()):
+            if not mine.numel():
                 mine.data = self.world.whole(theirs).to(self.sampler.device, mine.dtype, copy=True)
-        self.fresh = True
         return self.sampler
 
     def empty_sampler(self):
         """Free the copy's weights: the update needs the room, and will outdate them."""
-        if self.sampler is not self.policy.lm:
-            for p in self.sampler.parameters():
-                p.data = p.data.new_empty(0)
-        self.fresh = False
+        for mine in self.sampler.parameters() if self.sampler is not self.policy.lm else []:
+            mine.data = mine.data.new_empty(0)
 
 
 def load(cfg, world):
@@ -1215,7 +1215,7 @@ def micro_batches(run, batch):
     return cuts + [order] * (max(run.world.gather(len(cuts))) - len(cuts))
 
 
-def descend(run, optimizer, batch, weight, loss_of, what):
+def descend(run, optimizer, batch, weight, loss_of):
     """One optimizer step on the sum of loss_of over micro-batches that fit in memory.
 
     weight (N, T); loss_of(micro-batch, its normalised weights, logp, H) -> scalar. The weights are
@@ -1232,19 +1232,19 @@ def descend(run, optimizer, batch, weight, loss_of, what):
         loss += float(part.detach())
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0)
     norm = float(world.whole(norm))
-    need(math.isfinite(norm), f"the gradient of {what} is {norm}: nothing was changed by it; "
-                              "look at the learning rate and the last lines of metrics.jsonl")
+    need(math.isfinite(norm), f"the gradient is {norm}; nothing was changed by it. Look at the "
+                              "learning rate and the last lines of metrics.jsonl")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
 
-def learn(run, optimizer, mini, what):
+def learn(run, optimizer, mini):
     """One optimizer step on L (2) over a mini-batch.
 
-    -> this process' part of the loss; the gradient norm; how many tokens had their gradient
-    stopped by a clip of (2); and H under the weights of now minus H when sampled, summed by
-    quadrant, (5,): what the earlier mini-batches of the step did to the entropy.
+    -> the loss; the gradient norm; how many tokens had their gradient stopped by a clip of (2);
+    and H under the current weights minus H when sampled, summed by quadrant, (5,): what the earlier
+    mini-batches of the step did to the entropy. All but the norm are this process' part.
     """
     cfg, clips = run.cfg, (run.cfg.clip_low, run.cfg.clip_high, run.cfg.clip_c)
     clipped, drift = [], []
@@ -1262,7 +1262,7 @@ def learn(run, optimizer, mini, what):
         return loss
 
     weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)          # (N, T)
-    loss, norm = descend(run, optimizer, mini, weight, loss_of, what)
+    loss, norm = descend(run, optimizer, mini, weight, loss_of)
     return loss, norm, int(sum(clipped)), sum(drift).cpu()
 
 
@@ -1279,7 +1279,7 @@ def imitate(run, problems):
     marked = [is_correct(p.solution, p.answer) for p in problems[:1000] if p.answer]
     if marked:
         world.print(f"warm-up: {len(problems)} worked solutions, {sum(marked) / len(marked):.0%} "
-                    "of them right; once it has converged the base model solves about as many")
+                    "of them right: so much the base model can learn to solve")
     with world.bar(range(cfg.warmup_steps), "warm-up") as bar:
         for step in bar:
             left = 1 - step / cfg.warmup_steps
@@ -1291,7 +1291,7 @@ def imitate(run, problems):
             responses = [(x + run.stop_ids[:1])[:cfg.max_response_tokens] for x in solutions]
             batch = pack([p.ids for p in mine], responses, world.device)
             loss, _ = descend(run, optimizer, batch, batch.mask.float(),
-                              lambda micro, w, logp, H: -(logp * w).sum(), f"warm-up {step + 1}")
+                              lambda micro, w, logp, H: -(logp * w).sum())
             bar.set_postfix_str(f"loss {sum(world.gather(loss)):.3f} nats a token", refresh=False)
             if world.asked_to_stop():
                 return False
@@ -1365,16 +1365,17 @@ def rescore(run, batch, temperature):
 def roll_out(run, stream):
     """Try and mark, until prompts_per_step groups can teach something or the rounds are used up.
 
-    A group with equal rewards has A = 0 for all its tokens: it is dropped, and other problems are
-    tried in its place (dynamic sampling). -> the Batch of all that this process tried, and for each
-    of its groups (number, problem), the number being None where there is nothing to learn.
+    A group that is all right or all wrong has A = 0 for all its tokens: it is dropped, and other
+    problems are tried in its place (dynamic sampling). With --overlong its rewards may differ, but
+    it teaches nothing about being right, and is dropped too. -> the Batch of all that this process
+    tried, and for each of its groups (number, problem), the number being None if it was dropped.
     """
     cfg, tried, groups, missing = run.cfg, [], [], run.cfg.prompts_per_step
     for _ in range(1 + cfg.resample):
         numbered = stream.take(missing)
         batch = attempt(run, numbered, "train", cfg.group_size, cfg.temperature, cfg.top_p)
-        r = batch.reward.view(-1, cfg.group_size)
-        mixed = (r.amax(1) != r.amin(1)).tolist()
+        right = batch.right.view(-1, cfg.group_size)
+        mixed = (right.any(1) & ~right.all(1)).tolist()
         groups += [(number if m else None, problem)
                    for (number, problem), m in zip(run.world.share(numbered), mixed)]
         tried.append(batch)
@@ -1413,18 +1414,16 @@ def give_credit(run, batch):
 
 
 def mini_batches(run, batch, groups):
-    """The groups worth learning from, cut evenly into mini-batches of about prompts_per_minibatch
-    in the order of the stream, which is random: of each the part that this process has, which may
-    be none."""
-    G, device = run.cfg.group_size, batch.ids.device
+    """The kept groups, in the order of the stream, which is random, cut evenly into mini-batches of
+    at most prompts_per_minibatch: this process' rows of each, which may be none."""
     place = {number: k for k, (number, _) in enumerate(groups) if number is not None}
     every = sorted(number for part in run.world.gather([*place]) for number in part)
     parts = -(-len(every) // run.cfg.prompts_per_minibatch)     # rounded up; 0 without such groups
-    rows = torch.arange(len(batch.ids), device=device).view(-1, G)                      # (B, G)
+    rows = torch.arange(len(batch.ids), device=batch.ids.device)
+    rows = rows.view(-1, run.cfg.group_size)                                            # (B, G)
     for k in range(parts):
         part = every[k * len(every) // parts:(k + 1) * len(every) // parts]
-        own = torch.tensor([place[n] for n in part if n in place], dtype=torch.long, device=device)
-        yield batch.rows(rows[own].flatten())
+        yield batch.rows(rows[[place[n] for n in part if n in place]].flatten())
 
 
 def with_interval(name, k, shares, draws=2000):
@@ -1437,16 +1436,17 @@ def with_interval(name, k, shares, draws=2000):
 
 
 def sit_exams(run, exams, step):
-    """Avg@k (9) and Pass@k (8) on every exam -> metrics, responses of all processes as rows for
-    responses.jsonl, and this process' Batch of each exam. H is at the exam's temperature. The dice
-    are the same in every exam, so that two exams differ by the model alone."""
+    """Avg@k, (9), the mean of c / k, and Pass@k, (8), on every exam -> metrics, responses of all
+    processes as rows for responses.jsonl, and this process' Batch of each exam. H is at the exam's
+    temperature. The dice are the same every time, so that two sittings differ by the model alone."""
     cfg, metrics, rows, batches, k = run.cfg, {}, [], {}, run.cfg.eval_samples
     for name, problems in exams.items():
         numbered = list(enumerate(problems))
         batch = attempt(run, numbered, name, k, cfg.eval_temperature, cfg.eval_top_p)
         batches[name], entropy = batch, (batch.H.sum(1) / batch.response_len).tolist()
         mine = [dict(step=step, set=name, number=number, problem=p.text, answer=p.answer,
-                     right=bool(right), tokens=int(n), ended=bool(ended), entropy=round(h, 6), response=text)
+                     right=bool(right), tokens=int(n), ended=bool(ended), entropy=round(h, 6),
+                     response=text)
                 for (number, p), right, n, ended, h, text in zip(
                     [x for x in run.world.share(numbered) for _ in range(k)], batch.right,
                     batch.response_len, batch.ended, entropy, decode(run, batch))]
@@ -1466,8 +1466,8 @@ def sit_exams(run, exams, step):
 
 
 def measure(run, batch, groups, updates):
-    """The metrics of one step, of all processes: of all that was tried, or, from the loss on, of
-    the groups learned from. Also the entropy histogram of the step."""
+    """The metrics of one step, of all processes: loss, gradient, clips and quadrants of the groups
+    learned from, the others of all that was tried. Also the entropy histogram of the step."""
     G, mask = run.cfg.group_size, batch.mask
     right = batch.right.view(-1, G)
     kept = torch.tensor([number is not None for number, _ in groups], dtype=torch.bool,
@@ -1506,8 +1506,7 @@ def measure(run, batch, groups, updates):
 # --------------------------------------------------------------------------------------------------
 
 class World:
-    """The processes of a run, one a GPU. On one process, but for the sharding on a GPU, every
-    method is the identity."""
+    """The processes of a run, one a GPU. With one process nothing is communicated."""
 
     def __init__(self, cfg):
         self.rank, self.size = (int(os.environ.get(x, y)) for x, y in (("RANK", 0),
@@ -1627,7 +1626,7 @@ def plan(cfg, world):
     update = sum(size[name] for name in ("weights", "gradients", "moments", "working"))
     rollout = sum(size[name] for name in ("weights", "moments", "copy", "kv_cache"))
     host = math.inf             # where the system does not tell
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
         host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     free = torch.cuda.mem_get_info()[0] / 1e9 if cuda else host / n
     world.print(f"{cfg.model}: {P / 1e6:.1f}M parameters on {n} x {world.device.type}; GB each: "
@@ -1637,14 +1636,18 @@ def plan(cfg, world):
         world.print("warning: loading, or --offload, needs more host memory than is free")
     remedy = "use " + "more --gpus, --offload, or " * cuda + "a smaller model; smaller " \
         "--microbatch-tokens or --max-response-tokens help a little"
-    for phase, gigabytes in (("update", update * learns), ("rollout", rollout)):
-        need(gigabytes < free, f"the {phase} needs about {gigabytes:.0f} GB of {free:.0f} GB: {remedy}")
+    for phase, x in (("update", update * learns), ("rollout", rollout)):
+        need(x < free, f"the {phase} needs about {x:.0f} GB of {free:.0f} GB: {remedy}")
 
 
 def doctor(run, problems):
     """Print what most often is wrong before a run that learns nothing: the first prompt as the
     model sees it, stop tokens, and what the verifier says of golds and of junk."""
-    p, tokenizer = problems[0], run.tokenizer
+    p, tokenizer, config = problems[0], run.tokenizer, run.policy.lm.config
+    longest = max(len(p.ids) for p in problems) + run.cfg.max_response_tokens
+    fits = getattr(config, "max_position_embeddings", None) or longest
+    need(longest <= fits, f"{run.cfg.model} reads {fits} tokens, and the longest prompt with its "
+                          f"response has {longest}: lower --max-response-tokens")
     text, bos = tokenizer.decode(p.ids), tokenizer.bos_token_id
     golds = [p.answer[0] if isinstance(p.answer, list) else p.answer for p in problems[:200]]
     paid = sum(is_correct(f"\\boxed{{{gold}}}", gold) for gold in golds) / len(golds)
@@ -1652,7 +1655,7 @@ def doctor(run, problems):
     run.world.print(f"first prompt: {text[:400]!r}\n  {len(p.ids)} ids, {p.ids[:8]} .. "
                     f"{p.ids[-4:]}, BOS {p.ids.count(bos) if bos is not None else 0} times; "
                     f"responses end with {tokenizer.convert_ids_to_tokens(run.stop_ids)}\n"
-                    f"verifier: {paid:.0%} of {len(golds)} gold answers are paid, {junk:.0%} of junk")
+                    f"verifier: pays {paid:.0%} of {len(golds)} gold answers, {junk:.0%} of junk")
     if "boxed" not in text and run.cfg.model != "tiny":
         run.world.print("warning: the prompt does not ask for \\boxed{}: unless the model boxes "
                         "its answer anyway, no response will be right; say so in the problems, "
@@ -1770,7 +1773,7 @@ class Look:
 
     def __init__(self, run, out, exams):
         self.run, self.out, self.exams = run, out, exams
-        self.rows, self.before, self.after = [], None, None     # {exam: Batch}: first, last exam
+        self.rows, self.before, self.after = [], None, None     # (step, {exam: Batch}): first, last
 
     def resume(self, step):
         """Take up metrics.jsonl and responses.jsonl where the checkpoint was written."""
@@ -1803,8 +1806,9 @@ class Look:
         if step == 1:
             self.warn(metrics)
         if exam:
-            found, responses, self.after = sit_exams(self.run, self.exams, step)
-            metrics, self.before = metrics | found, self.before or self.after
+            found, responses, batches = sit_exams(self.run, self.exams, step)
+            metrics, self.after = metrics | found, (step, batches)
+            self.before = self.before or self.after
             if world.rank == 0:
                 with open(os.path.join(self.out, "responses.jsonl"), "a", encoding="utf-8") as f:
                     f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in responses)
@@ -1863,7 +1867,7 @@ class Look:
         print("\nsolve rate of the steps, 0 to 1:  "
               + "".join(" ▁▂▃▄▅▆▇█"[min(8, int(9 * r))] for r in rates[-100:]))
         if self.before and self.before is not self.after:
-            self.responses(self.before, self.after)
+            self.responses()
         results = [row for row in self.rows if any("@" in key for key in row)]
         if results:
             self.table({f"step {row['step']}" if row["step"] else "base": row
@@ -1881,22 +1885,24 @@ class Look:
                 say(f"{label + ' on ' + name:28}{x[f'avg@{k}']:8.3f}{x['avg_low']:10.3f} .. "
                     f"{x['avg_high']:.3f}{x[f'pass@{k}']:10.3f}{x['entropy']:16.3f}")
 
-    def responses(self, before, after):
-        """Print responses of the base and of the trained model, the tokens coloured by quadrant."""
+    def responses(self):
+        """Print responses of the first and the last exam, the tokens coloured by quadrant."""
         name, k = next(iter(self.exams)), self.run.cfg.eval_samples
         problems = self.run.world.share(self.exams[name])
-        share = before[name].right.view(-1, k).float().mean(1)
+        share = self.before[1][name].right.view(-1, k).float().mean(1)
         undecided = ((share > 0) & (share < 1)).nonzero()[:3, 0].tolist()
         if sys.stdout.isatty():
             print("\n" + "  ".join(f"{colour}{q}\033[0m" for q, colour in QUADRANTS.items()),
                   "  bright: at or above the mean entropy of its group")
         for b in undecided or [0]:
             print("\n" + problems[b].text[:300])
-            for label, batch in (("base", before[name]), ("trained", after[name])):
-                group = batch.rows(torch.arange(b * k, b * k + k, device=batch.ids.device))
+            for step, batches in (self.before, self.after):
+                device = batches[name].ids.device
+                group = batches[name].rows(torch.arange(b * k, b * k + k, device=device))
                 for i in range(min(3, k)):
                     verdict = "right" if group.right[i] else "wrong"
-                    print(f"  {label:8}{verdict}  {self.paint(group, i)}")
+                    print(f"  {f'step {step}' if step else 'base':9}{verdict}  "
+                          f"{self.paint(group, i)}")
 
     def paint(self, group, i):
         """Response i of a group as text; on a terminal, tokens in their quadrants' colours."""
@@ -2002,7 +2008,7 @@ def report(runs, groups=(), histogram=None):
     curves |= {"solve_rate": "Solve rate in training", "entropy": "Entropy, nats",
                "response_length": "Response length, tokens", "information": "Ihat (14), nats"}
     shares = {"tokens": "Share of tokens", "advantage": "Share of the sum of |A|",
-              "entropy": "Share of the sum of entropy", "drift": "Change of entropy a step, nats"}
+              "entropy": "Share of the sum of entropy", "drift": "Drift of H within a step, nats"}
     page += ["<h2>Curves</h2><div>", *(chart(name, {
         label: (pen, runs[label], key) for label, pen in zip(runs, PENS * len(runs))})
         for key, name in curves.items())]
@@ -2047,7 +2053,7 @@ def compare(folders):
 # --------------------------------------------------------------------------------------------------
 
 def train(cfg):
-    """Warm up if asked, then EAPO. All that a run leaves is in its folder."""
+    """Warm up if asked, then RL by cfg.method. All that a run leaves is in its folder."""
     world = World(cfg)
     out = open_run(cfg, world)
     if cfg.model != "tiny":
@@ -2077,20 +2083,20 @@ def train(cfg):
             # Compare: credit each response against its group, then each token by its entropy.
             give_credit(run, batch)                                                     # (1), (7)
 
-            # Learn: one clipped gradient step per mini-batch of groups that disagree.
+            # Learn: a gradient step on the clipped loss for each mini-batch of the kept groups.
             with run.timed("update"):
                 run.empty_sampler()
-                updates = [learn(run, optimizer, mini, f"step {step}")                  # (2)
+                updates = [learn(run, optimizer, mini)                                  # (2)
                            for mini in mini_batches(run, batch, groups)]
 
             # Look: watch the reward; the loss of a policy gradient does not measure progress.
             metrics, histogram = measure(run, batch, groups, updates)
-            stop = world.asked_to_stop()
-            last = stop or step == cfg.steps
+            last = step == cfg.steps
+            stop = world.asked_to_stop() and not last
             look.at(step, metrics | run.clocks(start, metrics), exam=look.due(step) and not stop)
             if stop or cfg.save_every and (last or step % cfg.save_every == 0):
                 save_checkpoint(run, optimizer, stream, step, out)
-            if last or look.due(step):
+            if stop or last or look.due(step):
                 look.write_report(batch, groups, histogram)
             if stop:
                 break

@@ -258,7 +258,7 @@ def test_kl_cov_penalises_the_tokens_of_highest_covariance():
     rho = torch.full((4, 5), 5.0)       # far outside every clip
     run.policy.forward = lambda micro, T: ((micro.logp + rho.log()).requires_grad_(), micro.H)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
-    loss, _, clipped, _ = eapo.learn(run, optimizer, batch, "test")
+    loss, _, clipped, _ = eapo.learn(run, optimizer, batch)
     assert loss == pytest.approx((-5 * float(batch.A.sum()) + math.log(5)) / 20, abs=1e-5)
     assert clipped == 0
 
@@ -268,12 +268,12 @@ def test_entroreg_adds_the_mean_entropy_and_its_gradient():
     run, batch = credited("entroreg")
     H = batch.H.clone().requires_grad_()
     run.policy.forward = lambda micro, T: (micro.logp + 0 * H, H)
-    loss, _, _, _ = eapo.learn(run, torch.optim.SGD([H], lr=0.0), batch, "test")
+    loss, _, _, _ = eapo.learn(run, torch.optim.SGD([H], lr=0.0), batch)
     beta = eapo.ENTROPY_BONUS
     assert loss == pytest.approx(-float(batch.A.mean()) - beta * 9.5, abs=1e-6)
     H.grad = None
     optimizer = torch.optim.SGD([H], lr=1.0)
-    eapo.learn(run, optimizer, batch, "test")
+    eapo.learn(run, optimizer, batch)
     torch.testing.assert_close(H.detach(), batch.H + beta / 20)
 
 
@@ -383,7 +383,7 @@ def test_cutting_a_mini_batch_into_micro_batches_does_not_change_the_gradient(lo
         batch.logp = logp - 0.1 * torch.randn(logp.shape).double() * batch.mask
         kept, optimizer = [], torch.optim.SGD(run.policy.parameters(), lr=0.0)
         optimizer.zero_grad = lambda **_: kept.extend(p.grad for p in run.policy.parameters())
-        loss, _, _, _ = eapo.learn(run, optimizer, batch, "test")
+        loss, _, _, _ = eapo.learn(run, optimizer, batch)
         rho, A = (logp - batch.logp).exp(), batch.A
         gain = torch.minimum(rho * A, rho.clamp(.8, 1.28) * A)
         means = [gain[g][batch.mask[g]].mean() for g in (slice(0, 4), slice(4, 8))]
