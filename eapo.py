@@ -1438,7 +1438,7 @@ def with_interval(name, k, shares, draws=2000):
 def sit_exams(run, exams, step):
     """Avg@k, (9), the mean of c / k, and Pass@k, (8), on every exam -> metrics, responses of all
     processes as rows for responses.jsonl, and this process' Batch of each exam. H is at the exam's
-    temperature. The dice are the same every time, so that two sittings differ by the model alone."""
+    temperature. The dice are the same every time, so that two sittings differ by the model."""
     cfg, metrics, rows, batches, k = run.cfg, {}, [], {}, run.cfg.eval_samples
     for name, problems in exams.items():
         numbered = list(enumerate(problems))
