@@ -1047,19 +1047,41 @@ def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
 
 
-def chunked_log_prob_and_entropy(hidden, head, tokens, temperature):
-    """log pi(token) and H from hidden states: (M, D), (M,) -> (M,), (M,).
+class ChunkedLogProbAndEntropy(torch.autograd.Function):
+    """log pi(token) and H from hidden states (M, D) and the head's weight (V, D): (M,), (M,).
 
     An (M, V) matrix of logits is the largest thing in training: 4096 tokens at V = 152,064 are
     2.5 GB, several times over with gradients. So it is never made: tokens go through the head a
-    chunk at a time, and `checkpoint` forgets each chunk's logits and makes them again in backward.
+    chunk at a time, in forward and again in backward, where the gradients at the logits z are
+
+        d log pi(o) / d z_v = [v = o] - p_v          (5): it vanishes where the policy is sure
+        d H / d z_v         = - p_v (log p_v + H)
     """
-    def one(h, y):
-        return log_prob_and_entropy(head(h), y, temperature)
-    size = max(1, CHUNK // head.weight.shape[0])
-    parts = [checkpoint(one, h, y, use_reentrant=False)
-             for h, y in zip(hidden.split(size), tokens.split(size))]
-    return tuple(torch.cat(x) for x in zip(*parts))
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature):
+        rows = max(1, CHUNK // len(weight))
+        parts = [log_prob_and_entropy(h @ weight.T, y, temperature)
+                 for h, y in zip(hidden.split(rows), tokens.split(rows))]
+        logp, H = (torch.cat(x) for x in zip(*parts))
+        ctx.save_for_backward(hidden, weight, tokens, H)
+        ctx.temperature, ctx.rows = temperature, rows
+        return logp, H
+
+    @staticmethod
+    def backward(ctx, to_logp, to_H):
+        hidden, weight, tokens, H = ctx.saved_tensors
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i in range(0, len(tokens), ctx.rows):
+            k = slice(i, i + ctx.rows)
+            to_z = ((hidden[k] @ weight.T).float() / ctx.temperature).log_softmax(-1)   # log p
+            p = to_z.exp()
+            to_z.clamp_(min=-1e4)                           # 0 times -inf would be nan
+            to_z.add_(H[k, None]).mul_(to_H[k, None]).add_(to_logp[k, None]).mul_(p).neg_()
+            to_z.scatter_add_(1, tokens[k, None], to_logp[k, None])
+            to_z = (to_z / ctx.temperature).to(weight.dtype)
+            to_hidden[k] = to_z @ weight
+            to_weight.addmm_(to_z.T, hidden[k])
+        return to_hidden, to_weight, None, None
 
 
 class Policy(torch.nn.Module):
@@ -1082,8 +1104,8 @@ class Policy(torch.nn.Module):
                                        use_cache=False).last_hidden_state              # (N, L, D)
         row, t = mask.nonzero(as_tuple=True)                                           # (M,) both
         at = batch.prompt_len[row] + t                                                 # (M,)
-        logp, H = chunked_log_prob_and_entropy(
-            hidden[row, at - 1], self.lm.get_output_embeddings(), ids[row, at], temperature)
+        logp, H = ChunkedLogProbAndEntropy.apply(
+            hidden[row, at - 1], self.lm.get_output_embeddings().weight, ids[row, at], temperature)
         place = lambda x: torch.zeros(mask.shape, device=ids.device).index_put((row, t), x)
         return place(logp), place(H)
 
@@ -1187,9 +1209,10 @@ def load(cfg, world):
     with torch.no_grad():
         probe = torch.tensor([stop_ids[:1] * 2])
         hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
-        same = torch.allclose(lm.get_output_embeddings()(hidden), lm(probe).logits, atol=1e-3)
-    need(same, f"{cfg.model} changes its logits after the output head (a soft cap or a scale); "
-               "put the same after head(h) in chunked_log_prob_and_entropy to train it")
+        logits = hidden @ lm.get_output_embeddings().weight.T
+        same = torch.allclose(logits, lm(probe).logits, atol=1e-3)
+    need(same, f"{cfg.model} makes its logits otherwise than by one matrix (a bias, a soft cap or a "
+               "scale): ChunkedLogProbAndEntropy would have to do the same")
     sampler = lm
     if world.sharded:
         with world.device:
@@ -1615,7 +1638,7 @@ def plan(cfg, world):
     tokens = max(longest, cfg.microbatch_tokens or (16384 if cuda else 2048))
     layer = tokens * width * (6 * D + 4 * c.intermediate_size)      # activations
     ends = 2 * c.vocab_size * D * world.sharded                     # embedding and head, whole
-    working = max(5 * 4 * CHUNK + 2 * width * (P / L * world.sharded + ends)
+    working = max(4 * 4 * CHUNK + 2 * width * (P / L * world.sharded + ends)
                   + (tokens * width * L * D + layer if cuda else L * layer),
                   ends * (2 * width + 4 + 4 / n))                   # as their gradients are reduced
     size = dict(weights=4 * P / n * here, gradients=4 * P / n * here * learns,

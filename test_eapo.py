@@ -423,17 +423,16 @@ def test_chunked_log_probabilities_and_entropies_equal_the_naive_ones(monkeypatc
     total.backward()
     assert not logp[~batch.mask].any() and not H[~batch.mask].any()
     for ours, theirs in zip(lm.parameters(), other.parameters()):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=5e-4)   # of up to 200
 
 
-def test_no_matrix_of_logits_is_larger_than_a_chunk(monkeypatch):
-    """A hook sees every output of the head, in forward and again in backward."""
-    monkeypatch.setattr(eapo, "CHUNK", 3 * 32)
-    sizes, lm = [], tiny_lm()
-    lm.get_output_embeddings().register_forward_hook(lambda m, i, out: sizes.append(out.numel()))
-    Policy(lm)(tiny_batch(5), 1.0)[0].sum().backward()
-    chunks = -(-int(tiny_batch(5).response_len.sum()) // 3)
-    assert max(sizes) <= 3 * 32 and len(sizes) == 2 * chunks
+def test_gradients_of_a_token_that_cannot_be_drawn_are_numbers():
+    """A logit of -1e9, as models mask vocabulary: p = 0, and p log p must not become nan."""
+    weight = torch.tensor([[1.], [2.], [-1e9]], requires_grad=True)
+    hidden = torch.ones(4, 1, requires_grad=True)
+    logp, H = eapo.ChunkedLogProbAndEntropy.apply(hidden, weight, torch.tensor([0, 1, 1, 0]), 1.0)
+    (logp.sum() + H.sum()).backward()
+    assert weight.grad.isfinite().all() and hidden.grad.isfinite().all() and weight.grad[2] == 0
 
 
 def test_neighbours_and_padding_leave_log_probabilities_unchanged():
@@ -1165,7 +1164,7 @@ def test_log_probabilities_entropies_and_backward_never_hold_full_logits(monkeyp
     sizes = []
     monkeypatch.setattr(eapo, "CHUNK", 32 * V)
     full = measured(lambda h: eapo.log_prob_and_entropy(head(h), y, 1.0))
-    ours = measured(lambda h: eapo.chunked_log_prob_and_entropy(h, head, y, 1.0))
+    ours = measured(lambda h: eapo.ChunkedLogProbAndEntropy.apply(h, head.weight, y, 1.0))
     assert full[0] >= M * V and 8 * ours[0] <= full[0]
     assert 8 * ours[1] <= full[1]
 
