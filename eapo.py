@@ -283,8 +283,8 @@ def entropy_mean_std(H, mask, group_size):
     (N, T), (N, T) -> (N, 1), (N, 1), the same in the G rows of a group. A long response has more
     tokens and so more say. sigma_H carries + 1e-6, for the group whose tokens are all alike.
     """
-    m = mask.view(len(mask) // group_size, group_size, mask.shape[1])         # (B, G, T)
-    h, n = H.view(m.shape), m.sum((1, 2), keepdim=True)
+    m = mask.reshape(len(mask) // group_size, group_size, mask.shape[1])      # (B, G, T)
+    h, n = H.reshape(m.shape), m.sum((1, 2), keepdim=True)
     mu = torch.where(m, h, 0).sum((1, 2), keepdim=True) / n                   # (B, 1, 1)
     squares = torch.where(m, h - mu, 0).square().sum((1, 2), keepdim=True)
     sigma = (squares / (n - 1).clamp(min=1)).sqrt() + 1e-6
