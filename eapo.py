@@ -458,6 +458,7 @@ ALIASES = {other: token for token, others in {
     "": r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \, \; \: \! \( \) $ \$ ~ \displaystyle",
     r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm \mathbf \mathbb \operatorname",
 }.items() for other in others.split()}
+KINDS = {**dict.fromkeys(ascii_letters, "letter"), **dict.fromkeys(digits + ".", "digit")}
 CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "%": Fraction(1, 100), "°": Fraction(1)}
 FUNCTIONS = {"\\" + name: getattr(cmath, name) for name in "sin cos tan exp log".split()} | {
     r"\sec": lambda z: 1 / cmath.cos(z), r"\arcsin": cmath.asin, r"\arctan": cmath.atan,
@@ -486,7 +487,7 @@ def extract_answer(response):
 def scan(text, thousands):
     """The tokens of LaTeX; mere notation leaves none, a subscript stays with its symbol: 204_5. A
     quote marks words: letters in \\text{..} and runs of over three. Other runs are products."""
-    kind = lambda c: 1 if c in ascii_letters else 2 if c in digits + "." else object()
+    kind = lambda c: KINDS.get(c) or object()                        # others stand alone
     runs = ["".join(run) for _, run in groupby(text, kind)][::-1]    # the next run is the last
     tokens, prose = [""], False
     while runs:
@@ -518,7 +519,8 @@ def scan(text, thousands):
 def compute(symbol, *numbers):
     """The results of an operation at each point, unless they have too many digits: 9^{9^{9^9}}."""
     size = lambda x: (abs(x.numerator) + x.denominator).bit_length() if type(x) is Fraction else 1
-    rows = [[number[k % len(number)] for number in numbers] for k in range(max(map(len, numbers)))]
+    points = max(map(len, numbers))
+    rows = [*zip(*(number if len(number) == points else number * points for number in numbers))]
     for row in rows:
         grows = symbol in ("^", "!", r"\binom")
         if max(size(row[0]) * abs(row[-1] if grows else 1), size(row[-1])) > MOST_BITS:
@@ -565,7 +567,9 @@ def operand(tokens):
     token = tokens.pop()
     name, _, index = token.partition("_")
     if token[0] in digits + ".":
-        return ("_", [Fraction(name)], [Fraction(int(index))]) if index else [Fraction(name)]
+        whole, _, part = name.partition(".")
+        value = [Fraction(int(whole + part), 10 ** len(part))]
+        return ("_", value, [Fraction(int(index))]) if index else value
     if token in CONSTANTS:
         return [CONSTANTS[token]]
     if token in BRACKETS:
@@ -657,10 +661,14 @@ def equal(ours, theirs):
 def same_answer(prediction, gold):
     """Whether two answers are equal in one reading: 1,234 may be a number or two, 50% 50 or 1/2."""
     texts = [text[:2 * LONGEST].strip("$ \n").removesuffix(".") for text in (prediction, gold)]
+    if max(map(len, texts)) > LONGEST:
+        return False
+    if all(text.isascii() and text.isdecimal() for text in texts):   # most answers are
+        return int(texts[0]) == int(texts[1])
     texts = [text.replace("{,}", "").replace(r",\!", "") for text in texts]
     pairs = [[scan(text, commas) for text in texts] for commas in {False, "," in "".join(texts)}]
     pairs += [[[t for t in x if t != "%"] for x in pair] for pair in pairs if "%" in sum(pair, [])]
-    return max(map(len, texts)) <= LONGEST and any(equal(*pair) for pair in pairs)
+    return any(equal(*pair) for pair in pairs)
 
 
 def is_correct(response, gold):
