@@ -1032,9 +1032,11 @@ def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_
     config = GenerationConfig(max_new_tokens=max_tokens, eos_token_id=stop_ids,
                               pad_token_id=stop_ids[0], **how)
     rows = [p for p in prompts for _ in range(group_size)]
-    outputs = list(lm.generate_batch(
-        inputs=rows, generation_config=config, continuous_batching_config=
-        transformers.ContinuousBatchingConfig(return_logprobs=True, seed=seeds[0])).values())
+    engine = transformers.ContinuousBatchingConfig(     # a CPU's memory is not the engine's alone
+        return_logprobs=True, seed=seeds[0],
+        max_memory_percent=None if lm.device.type == "cuda" else 0.02)
+    outputs = list(lm.generate_batch(inputs=rows, generation_config=config,
+                                     continuous_batching_config=engine).values())
     failed = [o.error for o in outputs if o.error]
     if [o.prompt_ids for o in outputs] != rows or failed:
         raise RuntimeError(f"the engine answered {len(outputs) - len(failed)} of {len(rows)} "
