@@ -1202,9 +1202,10 @@ def test_a_failure_names_the_phase_and_the_process():
 
 # ---- exams and the report ------------------------------------------------------------------------
 
-def test_an_exam_alone_leaves_verdicts_that_can_be_checked(tmp_path):
+def test_an_exam_alone_leaves_verdicts_that_can_be_checked(tmp_path, monkeypatch):
     """Two sets in one go; every response is kept with its verdict, which the verifier repeats;
     Avg@k and Pass@k are those of the verdicts, with intervals that hold them."""
+    monkeypatch.setattr(eapo, "is_correct", lambda text, gold: (len(text) + int(gold)) % 2 == 0)
     for name in "AB":
         (tmp_path / f"{name}.jsonl").write_text("".join(
             json.dumps({"problem": p.text, "answer": p.answer}) + "\n"
