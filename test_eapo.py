@@ -984,6 +984,18 @@ def test_bf16_matmuls_sample_from_a_fresh_copy_and_score_with_the_policy(tmp_pat
     assert all(m["seconds_score"] > 0 for m in rows_of(tmp_path) if m["step"])
 
 
+def test_every_prompt_of_every_step_and_exam_has_dice_of_its_own(tmp_path, monkeypatch):
+    """Seeds differ by the number of the prompt, by training or exam, and by the run's seed."""
+    seeds, real = [], eapo.sample_loop
+    monkeypatch.setattr(eapo, "sample_loop", lambda *args: seeds.extend(args[-1]) or real(*args))
+    for seed in (0, 1):
+        cfg = config(tmp_path, "--max-response-tokens", 2, "--seed", seed)
+        run = eapo.load(cfg, eapo.World(cfg))
+        for what in ("train", "exam"):
+            eapo.attempt(run, [(n, Problem("x", "1", ids=[5])) for n in range(3)], what, 2, 1., 1.)
+    assert len(set(seeds)) == len(seeds) == 12
+
+
 def test_overlong_responses_lose_up_to_one(tmp_path, monkeypatch):
     """L_max 8, the last half: lengths 4, 6, 8 of right responses earn 1, 1 - 2/4, 1 - 4/4."""
     cfg = config(tmp_path, "--max-response-tokens", 8, "--overlong", 0.5)
