@@ -237,6 +237,13 @@ def test_w_reinforce_takes_a_tenth_of_the_praise_and_all_the_blame():
     torch.testing.assert_close(A, torch.tensor([[.2, .2], [-1, 0]]))
 
 
+def test_covariance_is_positive_where_likely_tokens_are_praised_or_unlikely_ones_blamed():
+    """A = 1, -1 with mean 0; logp = -1, -3 in both with mean -2: (+1)(1), (-1)(1), (+1)(-1), ..."""
+    logp, mask = torch.tensor([[-1., -3], [-1, -3]]), torch.ones(2, 2, dtype=torch.bool)
+    cov = eapo.covariances(torch.tensor([1., -1]), logp, mask, 0.0, -2.0)
+    assert cov.tolist() == [[1, -1], [-1, 1]]
+
+
 def credited(method, *flags, rewards=(1., -1, -1, -1)):
     """give_credit on four responses, with H and logp that are easy to rank: run, batch."""
     run = a_run(tiny_lm(), "--method", method, "--group-size", 4, *flags)
