@@ -1221,7 +1221,7 @@ def load(cfg, world):
         hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
         logits = hidden @ lm.get_output_embeddings().weight.T
         same = torch.allclose(logits, lm(probe).logits, atol=1e-3)
-    need(same, f"{cfg.model} makes its logits otherwise than by one matrix (a bias, a soft cap or a "
+    need(same, f"{cfg.model} makes its logits otherwise than by one matrix (a bias, a soft cap, a "
                "scale): ChunkedLogProbAndEntropy would have to do the same")
     sampler = lm
     if world.sharded:
