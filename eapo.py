@@ -5,50 +5,44 @@ right or wrong, and make the tokens of the better tries likelier. That is GRPO (
 policy optimization), and it gives each token of a response the same credit. Most tokens cannot use
 it: where the model was sure, there was no decision to praise. EAPO (entropy-aware policy
 optimization; He et al. 2026, arXiv 2604.11056, v1) therefore measures how unsure the model was at
-each token, its entropy H, and gives uncertain tokens a little more of the credit and of the blame.
-On top of GRPO that is two formulas, (6) and (7).
+each token, its entropy H, and gives uncertain tokens a little more of the credit and of the blame,
+sure ones a little less. On top of GRPO that is two formulas, (6) and (7).
 
     A_i     = (r_i - mean(r)) / std(r)                                   one number a response   (1)
-    L       = - mean over tokens of min(rho A, clip(rho, 1-eps_low, 1+eps_high) A)               (2)
+    L       = - mean of min(rho A, clip(rho, 1-eps_low, 1+eps_high) A)                           (2)
     score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)           one number a token      (6)
     A^CA_t  = A + alpha sign(A) score_t                                  replaces A in (2)       (7)
 
-Numbers (2), (6), (7) and those further down are the paper's; (1) is its unnumbered group advantage.
-(2) here is a mean over all tokens of a mini-batch, as in verl, the framework that the authors train
-in; they print it as a mean per group (--loss-mean group). A bound c for A < 0 comes on top, see
-`surrogate`. std(r) and sigma_H are sample deviations (n - 1), plus 1e-6. The alphabet:
+Numbers but (1) are the paper's. The mean of (2) is over all response tokens of a mini-batch, as in
+the authors' code; as they print it: --loss-mean group. Deviations are of samples: n - 1. Alphabet:
 
     B prompts x G responses = N rows, the G responses to one prompt in adjacent rows
     T tokens of the longest response    V vocabulary    M tokens, flat    D size of hidden states
     r      reward of a response, +1 right or -1 wrong (less with --overlong)      (N,)
     A      advantage of a response: how much better than its group, (1)           (N,)
-    A^CA   advantage of a token, (7); what Batch.A and the loss hold              (N, T)
+    A^CA   advantage of a token, (7): Batch.credit under --method eapo            (N, T)
     pi_old the policy as the step began: full vocabulary, at the sampling temperature
     H      entropy of pi_old before it drew each token, in nats                   (N, T)
     mask   True on response tokens, the stop token included                       (N, T)
     mu_H, sigma_H   mean and deviation of H over all response tokens of one group (N, 1)
     rho    pi_theta / pi_old: how much likelier the token became since sampling   (N, T)
 
-The program in one breath, with the functions that do it and the parts they stand in:
+One step of `train`, part 10, in one breath:
 
-    for each step:                                               the loop is `train`, part 10
-        try      sample G responses to each of B prompts         sample_loop, part 5; roll_out, 7
-        mark     r = +1 where \\boxed{} holds the right answer    is_correct, part 3; attempt, 7
-        compare  A (1) from the group, A^CA (7) from entropies   part 2; give_credit, part 7
-        learn    gradient steps on the clipped L (2)             policy_loss, part 2; learn, 6
-        look     log what happened; now and then sit an exam     measure, sit_exams, part 7
+    try      sample G responses to each of B prompts         roll_out, 7; sample_loop, 5
+    mark     r = +1 where \\boxed{} holds the right answer    attempt, 7; is_correct, 3
+    compare  A (1) from the group, A^CA (7) from entropies   give_credit, 7; part 2
+    learn    gradient steps on the clipped L (2)             learn, 6; policy_loss, 2
+    look     log what happened; now and then sit an exam     measure, exam, 7
 
-Run:
-    python eapo.py                                   a tiny model learns to carry: a laptop, minutes
-    python eapo.py --model Qwen/Qwen2.5-Math-7B      the paper's run and data, on all GPUs there are
-    python eapo.py --help                            every setting
-
-Left out on purpose: a value network (a learned guess of the reward to come), a KL penalty with its
-reference model, a learned reward.
+Run `python eapo.py` for a tiny model that learns to carry, in minutes on a laptop; with `--model
+Qwen/Qwen2.5-Math-7B` the paper's run on all GPUs there are; with `--help` for every setting. Left
+out: a value network (a learned guess of the reward), a KL penalty to a reference, a learned reward.
 """
 import argparse
 import cmath
 import contextlib
+import glob
 import html
 import json
 import math
@@ -58,9 +52,9 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
@@ -75,7 +69,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_state_dict, set_state_dict)
 from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
                                     fully_shard)
 from torch.utils.checkpoint import checkpoint
@@ -84,110 +79,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 1. The settings. A flag is a field of Config with hyphens for underscores. Defaults are those
-# of the paper's run of Qwen2.5-Math-7B (table 6) where it names them; PRESETS and METHODS hold what
-# a model or a method changes, so that `--model tiny`, the default, fits a laptop.
+# Part 1. The settings. A field of Config is a flag. Defaults are those of the paper's run of
+# Qwen2.5-Math-7B (table 6) where it names them. METHODS holds what a method changes, PRESETS what
+# a model changes: `--model tiny`, the default, fits a laptop.
 # --------------------------------------------------------------------------------------------------
 
-METHODS = {     # rules of credit and loss, see the end of part 2, and the settings they bring
+QUADRANTS = ("PHR", "PLR", "NLR", "NHR")        # codes 1 to 4 of `quadrants`, part 2
+METHODS = {     # `credit_rule`, part 2, and the settings that a method brings
     "eapo": {}, "grpo": {}, "forking": {}, "entroadv": {}, "entroreg": {}, "w-reinforce": {},
-    "dapo": dict(resample=2, overlong=0.2),
-    "kl-cov": dict(clip_low=1.0, clip_high=math.inf, clip_c=0.0),       # a penalty, and no clip
-}
-# the quadrants of part 2 in the order of their codes, 1 to 4, with their colours on a terminal
-QUADRANTS = {"PHR": "\033[1;92m", "PLR": "\033[32m", "NLR": "\033[31m", "NHR": "\033[1;91m"}
-
-
-def flag(default, text, group=None, **options):
-    """A Config field: its default, its help, the heading it opens in `--help`."""
-    return field(default=default, metadata={"help": text, "group": group, **options})
-
-
-@dataclass
-class Config:
-    model: str = flag("tiny", "tiny, a Hugging Face folder, or a hub id", "what to train on what")
-    train_data: str = flag("agentica-org/DeepScaleR-Preview-Dataset",
-                           "addition, a .jsonl/.csv/.parquet file, or a hub id[:split]")
-    eval_data: str = flag("HuggingFaceH4/MATH-500", "the same, several with commas between")
-    out: str = flag("", "folder of the run; empty: runs/MODEL-TIME")
-    seed: int = flag(0, "seed of weights, data order and sampling")
-    warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
-                            "imitation before RL, for models that do not know the task")
-    warmup_steps: int = flag(0, "optimizer steps of imitation; 0 = none")
-    warmup_batch: int = flag(32, "worked solutions a step")
-    warmup_learning_rate: float = flag(1e-5, "rises over 20 steps, falls over the last 30%")
-    steps: int = flag(220, "RL steps: sample, then learn from what was sampled", "the batch")
-    prompts_per_step: int = flag(512, "B, prompts to learn from in a step")
-    group_size: int = flag(8, "G, responses to each prompt")
-    prompts_per_minibatch: int = flag(32, "prompts behind one optimizer step")
-    microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and "
-                                     "speed, not results; 0 = 16384 on a GPU, 2048 on a CPU")
-    resample: int = flag(2, "at most this many more rounds of sampling a step, in place of groups "
-                            "that are all right or all wrong (dynamic sampling)")
-    max_prompt_tokens: int = flag(1024, "longer prompts are left out", "sampling")
-    max_response_tokens: int = flag(3072, "responses are cut after this many tokens")
-    temperature: float = flag(1.0, "of training: sampling, log-probabilities, entropies")
-    top_p: float = flag(0.95, "draw from the fewest tokens with this probability; 1 = from all")
-    sampler: str = flag("auto", "loop: ours; engine: transformers' continuous batching; auto: the "
-                                "engine on a GPU", choices=("auto", "loop", "engine"))
-    method: str = flag("eapo", "the rule of credit", "credit and loss", choices=tuple(METHODS))
-    alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
-    phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
-    quadrants: str = flag("", "give credit to these alone, of PHR,PLR,NLR,NHR; empty: all")
-    without: str = flag("", "quadrants in which the entropy term of (7) is left out")
-    clip_low: float = flag(0.2, "(2) eps_low")
-    clip_high: float = flag(0.28, "(2) eps_high")
-    clip_c: float = flag(3.0, "a token with A < 0 loses at most c |A| (Ye et al. 2020); 0 = off")
-    loss_mean: str = flag("tokens", "(2) as a mean over the tokens of a mini-batch, as in verl, or "
-                                    "over each group, then groups, as printed",
-                          choices=("tokens", "group"))
-    overlong: float = flag(0.0, "DAPO's soft penalty: over this last share of max_response_tokens "
-                                "the reward falls by up to 1; 0 = off")
-    learning_rate: float = flag(1e-6, "AdamW, constant")
-    eval_every: int = flag(10, "steps between exams on eval_data; 0 = never", "exams")
-    eval_samples: int = flag(4, "responses to each exam problem: the k of Avg@k and Pass@k")
-    eval_temperature: float = flag(0.6, "of sampling in exams")
-    eval_top_p: float = flag(0.95, "of sampling in exams")
-    eval_only: bool = flag(False, "only sit the exams: eval.json and responses.jsonl")
-    compare: str = flag("", "RUN,RUN...: draw finished runs in one report.html in --out, stop")
-    matmuls: str = flag("auto", "precision inside the model; auto: bf16 on a GPU, fp32 on a CPU. "
-                                "Weights and everything after the logits are fp32",
-                        "the machine", choices=("auto", "fp32", "bf16"))
-    gpus: int = flag(0, "GPUs of this machine to use; 0 = all")
-    offload: bool = flag(False, "keep weights, gradients and AdamW's moments in host memory")
-    save_every: int = flag(0, "steps between checkpoints; 0 = only on Ctrl-C and SIGTERM")
-    resume: str = flag("", "folder of a run to go on with")
-
-    def __post_init__(self):
-        need(self.group_size > 1, "a group of one has no mean to beat: use --group-size 2 or more")
-        need(0 <= self.alpha < self.phi,
-             "--alpha must lie from 0 to below --phi, or (7) could turn the sign of an advantage")
-        need(0 < self.top_p <= 1 and 0 < self.eval_top_p <= 1,
-             "--top-p and --eval-top-p lie above 0, at most 1")
-        need(self.temperature > 0, "training samples, so it needs --temperature above 0")
-        need(self.eval_temperature >= 0, "--eval-temperature must be 0 (greedy) or more")
-        need(self.clip_c == 0 or self.clip_c > 1 + self.clip_high,
-             "--clip-c must lie above 1 + clip_high, outside the clip of (2), or be 0 for off")
-        need(self.warmup_data or not self.warmup_steps, "--warmup-steps needs --warmup-data")
-        need(0 <= self.overlong < 1, "--overlong is a share, from 0 to below 1")
-        need(self.resample >= 0, "--resample counts further rounds: 0 or more")
-        for name in {*self.quadrants.split(","), *self.without.split(",")} - {""}:
-            need(name in QUADRANTS, f"there is no quadrant {name}, only {', '.join(QUADRANTS)}")
-        need(not self.without or self.method == "eapo", "--without is for --method eapo")
-        for name in ("prompts_per_step", "prompts_per_minibatch", "eval_samples",
-                     "max_prompt_tokens", "max_response_tokens", "warmup_batch"):
-            need(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
-
-
+    "dapo": dict(resample=2, overlong=0.2), "kl-cov": dict(clip_low=1.0, clip_high=math.inf,
+                                                           clip_c=0.0)}
 PRESETS = {     # a name, or a part of one: what such a model changes
     "tiny": dict(train_data="addition", eval_data="addition", warmup_data="addition",
-                 warmup_steps=1000, warmup_batch=16, warmup_learning_rate=2e-3, steps=30,
-                 prompts_per_step=32, prompts_per_minibatch=8, resample=0, learning_rate=1e-4,
-                 top_p=1.0, max_prompt_tokens=32, max_response_tokens=64, sampler="loop",
-                 matmuls="fp32", eval_samples=8, eval_temperature=1.0, eval_top_p=1.0),
+                 warmup_steps=1400, warmup_learning_rate=2e-3, steps=30, prompts_per_step=32,
+                 prompts_per_minibatch=8, resample=0, learning_rate=1e-4, top_p=1.0,
+                 max_prompt_tokens=32, max_response_tokens=64, sampler="loop", eval_samples=8,
+                 eval_temperature=1.0, eval_top_p=1.0, save_every=0),
     "DeepScaleR-1.5B": dict(group_size=16, prompts_per_step=64, steps=900,
-                            max_prompt_tokens=2048, max_response_tokens=24576),
-}
+                            max_prompt_tokens=2048, max_response_tokens=24576)}
 
 
 def need(condition, message):
@@ -196,69 +105,71 @@ def need(condition, message):
         raise SystemExit(f"eapo: {message}")
 
 
-@contextlib.contextmanager
-def reading(source):
-    """Around what reads a model or data set: no such folder, no network ... become one line."""
-    try:
-        yield
-    except (OSError, json.JSONDecodeError) as e:
-        raise SystemExit(f"eapo: cannot read {source}: {str(e).splitlines()[0]}") from e
+def flag(default, text, heading=None, choices=None):
+    """A Config field: its default, its help, the heading that it opens in `--help`."""
+    return field(default=default, metadata=dict(help=text, heading=heading, choices=choices))
 
 
-def parse_args(argv=None):
-    """Config from the command line: what is typed; else what the method says, else the model's
-    preset, else the default. Of a resumed run: what its config.json says."""
-    changes = "; ".join(f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in x.items())
-                        for name, x in (PRESETS | METHODS).items() if x)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [flags]",
-                                     epilog=f"Other [defaults] with these: {changes}")
-    for f in fields(Config):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        how = {"action": "store_true"} if f.type is bool else {
-            "type": f.type, "choices": f.metadata.get("choices"),
-            "metavar": None if "choices" in f.metadata else f.type.__name__.upper()}
-        shown = "" if f.type is bool or f.default == "" else f"  [{f.default}]"
-        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                           help=f.metadata["help"].replace("%", "%%") + shown, **how)
-    typed = vars(parser.parse_args(argv))
-    if "resume" in typed:
-        return resumed(typed)
-    model = typed.get("model", "tiny")
-    preset = next((p for name, p in PRESETS.items()
-                   if name == model or name != "tiny" and name in model), {})
-    return Config(**{**preset, **METHODS[typed.get("method", "eapo")], **typed})
-
-
-MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens"}
-
-
-def resumed(typed):
-    """The Config of the run in the folder typed as --resume."""
-    folder = typed["resume"]
-    path = os.path.join(folder, "config.json")
-    need(os.path.isfile(path), f"{path}: no such file; --resume takes the folder of a run")
-    with open(path) as f:
-        before = {k: v for k, v in json.load(f).items() if k != "versions"} | {"out": folder}
-    other = [f"--{k.replace('_', '-')} {v} (was {before[k]})" for k, v in typed.items()
-             if k not in MAY_CHANGE and v != before[k]]
-    need(not other, f"{folder} ran with other settings: {', '.join(other)}; leave them out, or "
-                    "start a new run")
-    return Config(**before | typed)
+@dataclass
+class Config:
+    model: str = flag("tiny", "tiny, a Hugging Face folder, or a hub id", "the run")
+    train_data: str = flag("agentica-org/DeepScaleR-Preview-Dataset",
+                           "addition, a .jsonl/.csv/.parquet file, or a hub id[:split]")
+    eval_data: str = flag("HuggingFaceH4/MATH-500", "the same, several with commas between")
+    out: str = flag("", "folder of the run; empty: runs/MODEL-TIME")
+    seed: int = flag(0, "seed of weights, data order and sampling")
+    resume: str = flag("", "folder of a run to go on with")
+    save_every: int = flag(20, "steps between checkpoints; 0 = only on Ctrl-C and SIGTERM")
+    compare: str = flag("", "RUN,RUN...: draw finished runs in one report.html in --out, stop")
+    warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
+                            "imitation before RL, for models that do not know the task")
+    warmup_steps: int = flag(0, "optimizer steps of imitation, 16 solutions each; 0 = none")
+    warmup_learning_rate: float = flag(1e-5, "rises over 20 steps, falls over the last 30%")
+    steps: int = flag(220, "RL steps: sample, then learn from what was sampled", "the batch")
+    prompts_per_step: int = flag(512, "B, prompts to learn from in a step")
+    group_size: int = flag(8, "G, responses to each prompt")
+    prompts_per_minibatch: int = flag(32, "at most so many prompts behind an optimizer step")
+    microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and "
+                                     "speed, not results; 0 = 16384 on a GPU, 2048 on a CPU")
+    resample: int = flag(2, "rounds of sampling, at most, to replace groups that are all right or "
+                            "all wrong (dynamic sampling); they are not learned from in any case")
+    max_prompt_tokens: int = flag(1024, "longer prompts are left out", "sampling")
+    max_response_tokens: int = flag(3072, "responses are cut after this many tokens")
+    temperature: float = flag(1.0, "of training: sampling, log-probabilities, entropies")
+    top_p: float = flag(0.95, "draw from the fewest tokens with this probability; 1 = from all")
+    sampler: str = flag("auto", "loop: ours; engine: transformers' continuous batching; auto: the "
+                                "engine on a GPU", choices=("auto", "loop", "engine"))
+    method: str = flag("eapo", "the rule of credit", "credit and loss", tuple(METHODS))
+    alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
+    phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
+    quadrants: str = flag("", "of PHR,PLR,NLR,NHR: others get no credit, but count in (2)")
+    without: str = flag("", "quadrants in which the entropy term of (7) is left out")
+    clip_low: float = flag(0.2, "(2) eps_low")
+    clip_high: float = flag(0.28, "(2) eps_high")
+    clip_c: float = flag(3.0, "where A < 0, no push beyond rho = c, see `surrogate`; 0 = off")
+    loss_mean: str = flag("tokens", "(2) as a mean over the tokens of a mini-batch, or over those "
+                                    "of each group, then over groups", choices=("tokens", "group"))
+    overlong: float = flag(0.0, "DAPO's soft penalty: over this last share of max_response_tokens "
+                                "the reward falls, by 1 at the end; 0 = off")
+    learning_rate: float = flag(1e-6, "AdamW, constant; gradients are clipped to a norm of 1")
+    eval_every: int = flag(10, "steps between exams, also at both ends; 0 = none", "exams")
+    eval_samples: int = flag(4, "responses to each exam problem: the k of Avg@k and Pass@k")
+    eval_temperature: float = flag(0.6, "of sampling in exams; 0 = greedy")
+    eval_top_p: float = flag(0.95, "of sampling in exams")
+    eval_only: bool = flag(False, "only sit the exams, with --model FOLDER/model for example")
+    gpus: int = flag(0, "GPUs of this machine to use; 0 = all", "the machine")
+    offload: bool = flag(False, "keep weights, gradients and AdamW's moments in host memory")
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 2. The algorithm: tensors in, tensors out, no model and no Config. This is what the file is
-# for; the parts below only feed it. Functions that take group_size need whole groups; the loss is
-# a sum over tokens, so a batch may be cut anywhere for it. EAPO comes first, then the rules that
-# the paper compares it with; `give_credit` in part 7 chooses, and is the place to call your own.
+# Part 2. The algorithm: tensors in, tensors out. The file is there for it; the rest only feeds it.
 # --------------------------------------------------------------------------------------------------
 
 def token_entropy(logits):
-    """H = - sum_v p_v log p_v  in nats, (..., V) -> (...), p = softmax(logits).
+    """H = - sum_v p_v log p_v  in nats, p = softmax(logits).  (..., V) -> (...)
 
-    0 when the policy is sure, log V when it has no idea. Written as log Z - sum_v p_v z_v. Some
-    models forbid tokens by z = -inf; they count 0, where 0 * -inf would be nan.
+    0 when the policy is sure, log V when it has no idea. Written as log Z - sum_v p_v z_v. A token
+    forbidden by z = -inf counts 0, where 0 * -inf would be nan.
     """
     p = logits.softmax(-1)
     return logits.logsumexp(-1) - (p * torch.where(p > 0, logits, 0)).sum(-1)
@@ -267,10 +178,9 @@ def token_entropy(logits):
 def group_advantages(rewards, group_size):
     """(1)  A_i = (r_i - mean(r)) / (std(r) + 1e-6)   over the G responses to one prompt.
 
-    rewards (N,) -> A (N,). std is the sample deviation (n - 1), as in verl.
-
-    The mean of the group stands in for a value network: a response is good if it beat the other
-    tries at its own prompt. If all G earn the same, every A is 0 and nothing is learned.
+    rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
+    if it beat the other tries at its own prompt. If all G are right, or all wrong, every A is 0 and
+    nothing is learned.
     """
     r = rewards.view(-1, group_size)                                          # (B, G)
     A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)       # (B, G)  (1)
@@ -278,7 +188,7 @@ def group_advantages(rewards, group_size):
 
 
 def entropy_mean_std(H, mask, group_size):
-    """mu_H and sigma_H: mean and sample deviation of H over all response tokens of each group.
+    """mu_H and sigma_H: mean and sample deviation (n - 1) of H over all response tokens of a group.
 
     (N, T), (N, T) -> (N, 1), (N, 1), the same in the G rows of a group. A long response has more
     tokens and so more say. sigma_H carries + 1e-6, for the group whose tokens are all alike.
@@ -295,9 +205,9 @@ def entropy_score(A, H, mask, group_size, phi):
     """(6)  score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)
 
     (N,), (N, T), (N, T) -> (N, T), meaningless outside the mask. How unusual the uncertainty of a
-    token is within its group, in standard deviations. The clip scales with |A|, so that, with
-    alpha < phi, entropy may refine an advantage and can never overwhelm it. This two-sided clip is
-    what the paper calls "dual clipping"; the two clips of `surrogate` are others.
+    token is within its group, in standard deviations. The two-sided clip scales with |A|: as alpha
+    < phi, entropy may refine an advantage and never overwhelm it. It is what the paper calls "dual
+    clipping"; the two clips of `surrogate` are others.
     """
     mu, sigma = entropy_mean_std(H, mask, group_size)
     bound = A.abs()[:, None] / phi                                            # (N, 1)
@@ -305,16 +215,15 @@ def entropy_score(A, H, mask, group_size, phi):
 
 
 def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
-    """(7)  A^CA_t = A + alpha sign(A) score_t,   no gradient through score_t
+    """(7)  A^CA_t = A + alpha sign(A) score_t,   no gradient through score_t.   This is EAPO.
 
-    A (N,), H (N, T), mask (N, T) -> A^CA (N, T), zero outside the mask. This is EAPO.
-
-    Read it as volume, not direction. sign(A) turns the score to the side of A: a token above mu_H
-    is praised more in a right response and blamed more in a wrong one, a token below it less in
-    both. A^CA / A stays within 1 +- alpha/phi, 0.9 to 1.1 at the defaults, so no sign can turn.
-    alpha = 0 gives every token A: GRPO's credit. detach: if a gradient flowed through H, the policy
-    could earn by changing its uncertainty instead of its answers. H comes without one from
-    `sample_loop` and `rescore`; detach keeps it so for any caller.
+    A (N,), H (N, T), mask (N, T) -> A^CA (N, T), zero outside the mask. Read it as volume, not
+    direction. sign(A) turns the score to the side of A: a token above mu_H is praised more in a
+    right response and blamed more in a wrong one, a token below it less in both. A^CA / A stays
+    within 1 +- alpha/phi, 0.9 to 1.1 at the defaults, so that with alpha < phi no sign can turn;
+    most tokens are at one end or the other. alpha = 0 gives every token A, GRPO's advantage.
+    detach: if a gradient flowed through H, the policy could earn by changing its uncertainty
+    instead of its answers. Here H has none; other callers are protected.
     """
     score = entropy_score(A, H, mask, group_size, phi).detach()               # (N, T)
     return (A[:, None] + alpha * A.sign()[:, None] * score) * mask            # (N, T)  (7)
@@ -324,10 +233,11 @@ def quadrants(rewards, H, mask, group_size):
     """The paper's four kinds of token (section 4), Positive or Negative, High or Low entropy:
 
         1 PHR  r >= 0, H >= mu_H   right, at a fork      2 PLR  r >= 0, H <  mu_H   right, routine
-        4 NHR  r <  0, H >= mu_H   wrong, at a fork      3 NLR  r <  0, H <  mu_H   wrong, routine
+        3 NLR  r <  0, H <  mu_H   wrong, routine        4 NHR  r <  0, H >= mu_H   wrong, at a fork
 
     (N,), (N, T), (N, T) -> (N, T) int, 0 outside the mask. They split the response tokens, so the
-    losses of the four add up to the whole. In the paper the gains of learning live in PHR, NHR.
+    losses of the four, over one denominator, add up to the whole. In the paper the gains of
+    learning live in PHR, NHR.
     """
     mu, _ = entropy_mean_std(H, mask, group_size)
     high, positive = H >= mu, rewards[:, None] >= 0                           # (N, T), (N, 1)
@@ -335,13 +245,12 @@ def quadrants(rewards, H, mask, group_size):
 
 
 def surrogate(rho, A, clip_low, clip_high, clip_c):
-    """(2)  min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), and for A < 0 at least c A.
+    """(2)  min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A); not in (2): for A < 0, at least c A.
 
-    (N, T) -> (N, T). Once a good token is 1 + eps_high times as likely as when it was sampled, or
-    a bad one 1 - eps_low times, pushing further pays nothing and the gradient is 0. A bad token
-    that has become likelier is still pushed back, and rho A could fall without bound; it is stopped
-    at c A, beyond which the gradient is 0 too (Ye et al. 2020, who call PPO with both clips
-    dual-clip; clip_c = 0 turns the bound off).
+    (N, T), (N, T) -> (N, T). Once a good token is 1 + eps_high times as likely as when it was
+    sampled, or a bad one 1 - eps_low times, pushing further pays nothing: the gradient is 0. A bad
+    token that has become likelier is still pushed back, but no longer beyond rho = c, where rho A
+    is cut at c A (Ye et al. 2020, who call PPO with both clips dual-clip; clip_c = 0: no cut).
     """
     gain = torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)     # (N, T)  (2)
     return torch.where(A < 0, gain.clamp(min=clip_c * A), gain) if clip_c else gain
@@ -350,98 +259,47 @@ def surrogate(rho, A, clip_low, clip_high, clip_c):
 def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
     """- sum over tokens of mask * surrogate (2).  (N, T) each -> scalar.
 
-    A sum: the mask may hold weights, and `learn` hands in token_weights over their sum. On the
-    first mini-batch of a step rho is 1 but for rounding, and the gradient is the policy gradient,
-    - sum of A grad log pi.
+    With a mask of True and False it is a sum, not the mean of (2), so a batch may be cut anywhere.
+    For the mean `learn` hands in token_weights over their sum as the mask. On the first mini-batch
+    of a step rho is 1 but for rounding: the policy gradient, - sum of mask A grad log pi.
     """
     rho = (logp - old_logp).exp()                                             # (N, T)
     return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
 
 
 def token_weights(mask, group_size, loss_mean):
-    """What each token counts in (2): (N, T). `descend` divides by the sum of all of them.
-
-    "tokens": 1, so that a token weighs the same in any response (DAPO and verl). "group": 1 over
-    the tokens of its group, which is how the paper prints (2): a mean per prompt, then over
-    prompts. The sum is taken over the whole mini-batch, on all GPUs and before it is cut into
-    micro-batches, so that neither can change the gradient.
-    """
+    """What each token counts in (2), (N, T). "tokens": 1, the same in any response, as in DAPO and
+    verl, the framework of EAPO's authors. "group": 1 over the tokens of its group, a mean per group
+    and then over groups, which is how the paper prints (2)."""
     tokens = mask.sum(1).view(-1, group_size).sum(1).repeat_interleave(group_size)[:, None]
     return mask / tokens if loss_mean == "group" else mask.float()
 
 
-# The rules that the paper compares EAPO with (appendix B.4), in the same terms. GRPO is A on every
-# token; DAPO is GRPO with dynamic sampling and the soft overlong penalty of `attempt`; EntroReg
-# adds - beta mean(H) to the loss, see `learn`. "All tokens" are the response tokens of a step, of
-# dropped groups too, on all GPUs: a threshold is set once a step, and the tokens that it leaves out
-# stay in the denominator of (2), which counts the tokens of the groups learned from.
+def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
+    """The credit of each token under a method: EAPO and those that the paper compares it with
+    (appendix B.4).  A (N,), H (N, T), mask (N, T) -> (N, T), zero outside the mask.
 
-ENTROPY_BONUS = 0.001   # beta of EntroReg; the paper names none
+    grpo        A. So have dapo (grpo with --resample 2, which is the default of large models, and
+                --overlong 0.2), and entroreg and kl-cov, which add to the loss, see `learn`
+    forking     A where H >= tau, the lowest of the highest 20% of all H, else 0 (Wang et al. 2025)
+    entroadv    A + min(0.4 H, |A| / 2): forks gain, in wrong responses too (Cheng et al. 2025)
+    w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
-
-def threshold(x, share):
-    """The smallest of the highest `share` of x, (M,) -> scalar: where forking and KL-Cov cut."""
-    return x.topk(max(1, round(share * len(x)))).values[-1]
-
-
-def forking(A, H, mask, tau):
-    """A where H >= tau, else 0; tau is the lowest entropy among the top 20% of all tokens (Wang et
-    al. 2025): learning at the forks, the uncertain decisions, alone.
-    (N,), (N, T), (N, T), scalar -> (N, T)"""
-    return A[:, None] * (H >= tau) * mask
-
-
-def entropy_advantages(A, H, mask, a=0.4, k=2.0):
-    """A + min(a H, |A| / k), no gradient through H (EntroAdv; Cheng et al. 2025): uncertain tokens
-    gain in right responses and are blamed less in wrong ones. (N,), (N, T), (N, T) -> (N, T)"""
-    return (A[:, None] + torch.minimum(a * H.detach(), A.abs()[:, None] / k)) * mask
-
-
-def weighted_reinforce(A, mask, weight=0.1):
-    """A of right responses times 0.1, of wrong ones as it is (W-REINF; Zhu et al. 2025).
-    (N,), (N, T) -> (N, T)"""
-    return torch.where(A > 0, weight * A, A)[:, None] * mask
-
-
-def covariances(A, logp, mask, mean_A, mean_logp):
-    """(logp - mean logp) (A - mean A), the means over all tokens (Cui et al. 2025): (N, T).
-
-    Where it is highest, entropy falls fastest. KL-Cov adds 1.0 |log rho| to the loss of the highest
-    0.2% of all tokens (the authors' numbers for 7B), and does not clip.
+    A token without credit stays in the denominator of (2). Your own rule: a line in `rules`, and
+    its name in METHODS, part 1.
     """
-    return (logp - mean_logp) * (A[:, None] - mean_A) * mask
-
-
-def entropy_histogram(H, right, mask, bins=32, width=0.125):
-    """Tokens of wrong (row 0) and right (row 1) responses by entropy: (2, bins) counts, each bin
-    `width` nats wide, the last one open. (N, T), (N,), (N, T) -> (2, bins)"""
-    cell = (H / width).long().clamp(0, bins - 1) + bins * right[:, None]
-    return torch.bincount(cell[mask], minlength=2 * bins).view(2, bins)
-
-
-def proxy_information(counts):
-    """(14)  Ihat(H; r) = S(H) - S(H | r) in nats, S the entropy of the histogram of H (2, bins).
-
-    The mutual information of a token's entropy and its response's verdict: 0 if right and wrong
-    responses have the same histogram. Counting alone gives about bins / (2 tokens) too much.
-    """
-    def nats(x):
-        p = x[x > 0] / x.sum()
-        return float(-(p * p.log()).sum())
-    counts = counts.double()
-    return nats(counts.sum(0)) - sum(float(row.sum() / counts.sum()) * nats(row)
-                                     for row in counts if row.sum())
-
-
-def pass_at_k(n, c, k):
-    """(8)  1 - C(n - c, k) / C(n, k): the chance that k drawn from n samples, of which c are right,
-    hold a right one."""
-    return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k)) if n - c >= k else 1.0
+    if method == "eapo":
+        return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
+    A = A[:, None] * mask                                                     # (N, T)
+    rules = {"grpo": A, "dapo": A, "entroreg": A, "kl-cov": A, "forking": A * (H >= tau),
+             "w-reinforce": torch.where(A > 0, 0.1 * A, A),
+             "entroadv": (A + torch.minimum(0.4 * H, A.abs() / 2)) * mask}
+    return rules[method].detach()
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 3. The verifier: is the boxed answer equal to the gold? It scans LaTeX into tokens, reads
-# them with a calculator and compares values. No algebra is needed for (x+1)^2 = x^2 + 2x + 1: two
+# Part 3. The verifier: is the boxed answer equal to the gold? (For how, come back later.) It scans
+# LaTeX into tokens, reads them with a calculator and compares values. No algebra is needed: two
 # polynomials of degree d agree at a point drawn from N numbers with probability d/N at most, as
 # their difference has at most d roots (Schwartz and Zippel). So each variable gets three pseudo-
 # random values. Fractions stay exact; roots, pi and sines are good to nine digits.
@@ -679,12 +537,12 @@ def is_correct(response, gold):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 4. Problems: a task made here, and problems from files and from the hub.
+# Part 4. Problems: a task made here, and problems from files and from the hub, as prompt tokens.
 # --------------------------------------------------------------------------------------------------
 
 @dataclass
 class Problem:
-    text: str
+    problem: str
     answer: object = None     # gold answer, or a list of alternatives
     solution: str = ""        # worked solution, for imitation only
     ids: list = None          # the prompt as tokens: chat template or suffix applied, once
@@ -692,8 +550,7 @@ class Problem:
 
 def pupil(a, b, rng):
     """Column addition written by a pupil who has not understood carrying: 5170 + 6749 becomes
-    `9+0=9 7+4=11 7+1=8 5+6=11 \\boxed{11819}` or, with the carry, `0+9=9 7+4=11 7+1+1=9 6+5=11
-    \\boxed{11919}`.
+    `9+0=9 7+4=11 7+1=8 5+6=11 \\boxed{11819}` or, with the carry, `0+9=9 7+4=11 7+1+1=9 ...`.
 
     Columns run from the right. Pupils carry when a sum feels big, with probability
     sigmoid((sum - 12.5) / 1.5): to write +1 or not is a fork that decides the answer. Which digit
@@ -706,8 +563,7 @@ def pupil(a, b, rng):
         total = int(x) + int(y) + carry
         columns.append(f"{x}+{y}{'+1' * carry}={total}")
         result = str(total % 10) + result
-    result = str(total) + result[1:]
-    return " ".join(columns) + f" \\boxed{{{result}}}"
+    return " ".join(columns) + f" \\boxed{{{total}{result[1:]}}}"
 
 
 def addition(split, warmup=20800, train=8192, exam=128):
@@ -718,94 +574,81 @@ def addition(split, warmup=20800, train=8192, exam=128):
     return [Problem(f"{a:04}+{b:04}=", str(a + b), pupil(a, b, rng)) for a, b in part[split]]
 
 
-def read_jsonl(source):
-    """The objects of a .jsonl file, one a line; blank lines are skipped."""
-    rows = []
-    with reading(source), open(source, encoding="utf-8") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as e:
-                raise SystemExit(f"eapo: {source}, line {n}: not JSON: {e}") from e
-            need(isinstance(row, dict), f"{source}, line {n}: not a JSON object")
-            rows += [row] if row else []
-    return rows
+@contextlib.contextmanager
+def using(source):
+    """Around what reads or writes files: what goes wrong there (no network, no space) ends the run
+    with one line."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"eapo: cannot use {source}: {(str(e) or repr(e)).splitlines()[0]}") from e
 
 
 def read_rows(source, split):
     """The rows of a .jsonl, .csv or .parquet file, or of a hub data set `id[:split]`, as dicts."""
-    kind = source.rpartition(".")[2].lower()
-    if kind in ("jsonl", "json"):
-        return read_jsonl(source)
+    kind, (name, _, part) = source.rpartition(".")[2].lower(), source.partition(":")
+    if kind == "jsonl":
+        rows = []
+        with open(source, encoding="utf-8") as f:
+            for n, line in enumerate(f, 1):
+                with using(f"{source}, line {n}"):
+                    rows += [json.loads(line)] if line.strip() else []
+                need(not rows or isinstance(rows[-1], dict), f"{source}, line {n}: not an object")
+        return rows
     if kind in ("csv", "parquet"):
-        need(os.path.isfile(source), f"{source}: no such file")
-        with reading(source):
-            return list(datasets.load_dataset(kind, data_files=source, split="train"))
-    name, _, wanted = source.partition(":")
-    with reading(source):
-        parts = datasets.get_dataset_split_names(name)
-        order = parts if len(parts) == 1 else ["test", "train"] if split == "exam" else ["train"]
-        part = next((p for p in ([wanted] if wanted else order) if p in parts), None)
-        need(part, f"{source} has the splits {', '.join(parts)}: name one as {name}:{parts[0]}")
-        return list(datasets.load_dataset(name, split=part))
+        return list(datasets.load_dataset(kind, data_files=source, split="train"))
+    parts = datasets.get_dataset_split_names(name)
+    usual = parts if len(parts) == 1 else ["test", "train"] if split == "exam" else ["train"]
+    found = [p for p in ([part] if part else usual) if p in parts]
+    need(found, f"{source} has the splits {', '.join(parts)}: name one as {name}:{parts[0]}")
+    return list(datasets.load_dataset(name, split=found[0]))
 
 
-def column(rows, names, source, role):
-    """Which column plays a role: the first of names if present, else the only one that is."""
-    found = [n for n in names if n in rows[0]]
-    need(found, f"{source}: no column for the {role} among {', '.join(rows[0])}; "
-                f"name it {names[0]}")
-    need(len(found) == 1 or found[0] == names[0],
-         f"{source}: {' and '.join(found)} could all be the {role}; name the right one {names[0]}")
-    return found[0]
+COLUMNS = {         # what a column may be called; its own name wins
+    "problem": ("problem", "question", "prompt"), "answer": ("answer", "ground_truth", "solution"),
+    "solution": ("solution", "response", "completion")}
 
 
-def load_problems(source, split):
-    """Problems of a data source; split "train", "exam" or "warmup" says which columns they need."""
+def load_problems(source, split, tokenizer, cfg, world):
+    """The problems of a data source, their prompts as tokens. split: train, exam or warmup."""
     if source == "addition":
-        return addition(split)
-    rows = read_rows(source, split)
-    need(rows, f"{source}: no rows")
-    text = column(rows, ("problem", "question", "prompt"), source, "problem")
-    if split == "warmup":
-        target = column(rows, ("solution", "response", "completion"), source, "worked solution")
+        problems = addition(split)
     else:
-        target = column(rows, ("answer", "ground_truth", "solution"), source, "answer")
-    for n, row in enumerate(rows, 1):
-        need(row.get(text) not in (None, "") and row.get(target) not in (None, "", []),
-             f"{source}, row {n}: {text} or {target} is empty")
-    if split == "warmup":
-        return [Problem(str(r[text]), solution=str(r[target])) for r in rows]
-    golds = [r[target] for r in rows]
-    if target == "solution":     # worked solutions: the gold is what they box, if they box it
-        golds = [extract_answer(str(g)) or g for g in golds]
-    return [Problem(str(r[text]), g) for r, g in zip(rows, golds)]
+        with using(source):
+            rows = read_rows(source, split)
+        need(rows, f"{source}: no rows")
+        roles = {role: [name for name in COLUMNS[role] if name in rows[0]]
+                 for role in ("problem", "solution" if split == "warmup" else "answer")}
+        for role, names in roles.items():
+            need(len(names) == 1 or names[:1] == [role], f"{source} has the columns "
+                 f"{', '.join(rows[0])}: which is the {role}? name it {role}")
+        for n, row in enumerate(rows, 1):
+            need(all(row.get(names[0]) not in (None, "", []) for names in roles.values()),
+                 f"{source}, row {n}: {' or '.join(roles)} is empty")
+        problems = [Problem(**{role: row[names[0]] for role, names in roles.items()})
+                    for row in rows]
+    for p in world.bar(problems, f"tokens of {source}", 5000, leave=False):
+        p.ids = render(tokenizer, str(p.problem))
+    short = [p for p in problems if len(p.ids) <= cfg.max_prompt_tokens]
+    need(short, f"{source}: no prompt is within --max-prompt-tokens {cfg.max_prompt_tokens}")
+    if len(short) < len(problems):
+        world.print(f"{source}: {len(problems) - len(short)} of {len(problems)} prompts left out, "
+                    f"longer than --max-prompt-tokens {cfg.max_prompt_tokens}")
+    return short
 
 
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-def render(tokenizer, text):
+def render(tokenizer, problem):
     """A problem as prompt tokens. The chat template, if any, writes BOS itself, so none is added to
     it; without one, the paper's suffix is put behind the problem and the tokenizer's BOS before."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+        text = tokenizer.apply_chat_template([{"role": "user", "content": problem}], tokenize=False,
                                              add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False).input_ids
-    ids = tokenizer(text + SUFFIX).input_ids
+    ids = tokenizer(problem + SUFFIX).input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-
-
-def prepare(problems, tokenizer, cfg, world, name):
-    """Render every problem once, and leave out those longer than max_prompt_tokens."""
-    for p in world.bar(problems, f"tokens of {name}", 5000, leave=False):
-        p.ids = render(tokenizer, p.text)
-    short = [p for p in problems if len(p.ids) <= cfg.max_prompt_tokens]
-    if len(short) < len(problems):
-        world.print(f"{name}: {len(problems) - len(short)} of {len(problems)} prompts left out, "
-                    f"longer than --max-prompt-tokens {cfg.max_prompt_tokens}")
-    need(short, f"{name}: no prompt is within --max-prompt-tokens {cfg.max_prompt_tokens}")
-    return short
 
 
 class Stream:
@@ -820,27 +663,9 @@ class Stream:
         while len(taken) < n:
             epoch, start = divmod(self.position, size)
             order = random.Random(f"{self.seed}/{epoch}").sample(self.problems, size)
-            piece = order[start:start + n - len(taken)]
-            taken += enumerate(piece, self.position)
-            self.position += len(piece)
+            taken += enumerate(order[start:start + n - len(taken)], self.position)
+            self.position = taken[-1][0] + 1
         return taken
-
-
-def load_data(cfg, tokenizer, world):
-    """The training Stream, the exams as {short name: problems}, the worked solutions to imitate."""
-    def get(source, split):
-        return prepare(load_problems(source, split), tokenizer, cfg, world, f"{source} ({split})")
-    exams = {}
-    wanted = cfg.eval_data.replace(" ", "").split(",") if cfg.eval_every or cfg.eval_only else []
-    for source in wanted:
-        name = os.path.basename(source).replace(":", "-")
-        for ending in (".jsonl", ".json", ".csv", ".parquet"):
-            name = name.removesuffix(ending)
-        need(name not in exams, f"--eval-data has two sets {name}: metrics could not tell which")
-        exams[name] = get(source, "exam")
-    learn = not cfg.eval_only
-    solutions = get(cfg.warmup_data, "warmup") if cfg.warmup_steps and learn else []
-    return Stream(get(cfg.train_data, "train") if learn else [], cfg.seed), exams, solutions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -855,17 +680,19 @@ class Batch:
     Rows are right-padded: prompt, response, zeros. Masks come from the lengths and never from
     token values, so it does not matter that many models pad with their stop token.
     """
-    ids: torch.Tensor           # (N, L) prompt, then response
-    prompt_len: torch.Tensor    # (N,)   tokens
-    response_len: torch.Tensor  # (N,)   tokens, the stop token included
-    logp: torch.Tensor = None   # (N, T) log pi_old of each response token, nats
-    H: torch.Tensor = None      # (N, T) entropy of pi_old before each response token, nats
-    ended: torch.Tensor = None  # (N,)   the model stopped by itself; False: truncated
-    right: torch.Tensor = None  # (N,)   the verifier's verdict
-    reward: torch.Tensor = None  # (N,)  r
-    A: torch.Tensor = None      # (N, T) A^CA, zero outside the mask
-    quadrant: torch.Tensor = None  # (N, T) 1 to 4, 0 outside the mask
-    penalty: torch.Tensor = None   # (N, T) KL-Cov: True where |log rho| is added to the loss
+    ids: torch.Tensor               # (N, L) prompt, then response
+    prompt_len: torch.Tensor        # (N,)   tokens
+    response_len: torch.Tensor      # (N,)   tokens, the stop token included
+    logp: torch.Tensor = None       # (N, T) log pi_old of each response token, nats
+    H: torch.Tensor = None          # (N, T) entropy of pi_old before each response token, nats
+    ended: torch.Tensor = None      # (N,)   the model stopped by itself; False: truncated
+    number: torch.Tensor = None     # (N,)   of the problem in its stream
+    right: torch.Tensor = None      # (N,)   the verifier's verdict
+    reward: torch.Tensor = None     # (N,)   r
+    kept: torch.Tensor = None       # (N,)   the group is learned from
+    credit: torch.Tensor = None     # (N, T) A^CA or what another method makes of A, 0 outside mask
+    quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside mask
+    penalty: torch.Tensor = None    # (N, T) KL-Cov: True where |log rho| is added to the loss
 
     @property
     def mask(self):
@@ -874,12 +701,11 @@ class Batch:
         return torch.arange(T, device=self.ids.device) < self.response_len[:, None]
 
     def rows(self, i):
-        """The Batch of rows i, in that order, cut to its own longest prompt + response."""
+        """The Batch of rows i (indices or True/False), cut to its own longest row."""
         L, T = (max(x[i].tolist(), default=0)
                 for x in (self.prompt_len + self.response_len, self.response_len))
         cut = lambda name, x: x[i] if x.dim() == 1 else x[i][:, :L if name == "ids" else T]
-        return Batch(**{f.name: cut(f.name, x) for f in fields(self)
-                        if (x := getattr(self, f.name)) is not None})
+        return Batch(**{name: cut(name, x) for name, x in vars(self).items() if x is not None})
 
     def response(self, i):
         """The tokens of response i, a list of ids."""
@@ -888,54 +714,39 @@ class Batch:
 
 
 def pack(prompts, responses, device):
-    """Lists of token ids, one pair a row -> a Batch with ids and lengths."""
+    """Lists of token ids, one pair a row -> a Batch with ids and lengths; logp and H are 0, all
+    responses ended."""
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
     ids = torch.zeros(0, 0, dtype=torch.long)
     if rows:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    length = lambda lists: torch.tensor([len(x) for x in lists], dtype=torch.long, device=device)
-    return Batch(ids.to(device), length(prompts), length(responses))
-
-
-def no_rows(device):
-    """The Batch of a process that has nothing to do."""
-    batch, none = pack([], [], device), torch.zeros(0, 0, device=device)
-    return replace(batch, logp=none, H=none, ended=batch.prompt_len.bool())
+    lengths = [torch.tensor([len(x) for x in lists], dtype=torch.long, device=device)
+               for lists in (prompts, responses)]
+    batch = Batch(ids.to(device), *lengths, ended=torch.ones_like(lengths[0], dtype=torch.bool))
+    zeros = torch.zeros(batch.mask.shape, device=device)
+    return replace(batch, logp=zeros, H=zeros.clone())
 
 
 def join(batches):
     """Batches below one another, padded to the longest."""
-    def stack(name):
-        parts = [getattr(b, name) for b in batches]
-        if parts[0] is None:
-            return None
-        width = max(p.shape[-1] for p in parts) if parts[0].dim() == 2 else 0
-        fit = lambda p: torch.nn.functional.pad(p, (0, width - p.shape[1])) if width else p
-        return torch.cat([fit(p) for p in parts])
-    return Batch(**{f.name: stack(f.name) for f in fields(Batch)})
+    def stack(parts):
+        width = max(p.shape[-1] for p in parts)
+        return torch.cat([p if p.dim() == 1 else torch.nn.functional.pad(p, (0, width - p.shape[1]))
+                          for p in parts])
+    return Batch(**{name: stack([getattr(b, name) for b in batches])
+                    for name, x in vars(batches[0]).items() if x is not None})
 
 
 def log_prob_and_entropy(logits, tokens, temperature):
     """log pi(token) and H of pi = softmax(logits / temperature), over the full vocabulary in fp32.
 
-    (M, V), (M,) -> (M,), (M,). The only place where these two are computed: the sampler, `rescore`
-    and the update all come here. Temperature 0, which draws greedily, is scored as 1. top_p does
-    not enter: tokens are drawn from a truncated pi, but pi_old is all of it, as in verl.
+    (M, V), (M,) -> (M,), (M,). The sampling loop, `rescore` and the update all come here.
+    Temperature 0, which draws greedily, counts as 1. top_p does not enter: tokens are drawn from a
+    truncated pi, but pi_old and rho are those of all of it, as in verl.
     """
     logits = logits.float() / (temperature or 1.0)
     logp = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
     return logp, token_entropy(logits)
-
-
-def dice(seeds, n, T):
-    """n rows of T uniform numbers in [0, 1) for each seed: (len(seeds) * n, T).
-
-    `sample_loop` draws every token by a number that depends on its prompt's seed, its row and its
-    place alone: the same dice fall on one GPU or eight, and in a run that was resumed. (The engine
-    has dice of its own.)
-    """
-    rows = [torch.rand(n, T, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.cat(rows)
 
 
 def draw(logits, u, temperature, top_p):
@@ -953,51 +764,32 @@ def draw(logits, u, temperature, top_p):
     return (at if token is None else token.gather(-1, at))[:, 0]
 
 
-class RoomyLayer(transformers.cache_utils.DynamicLayer):
-    """The KV cache of one layer, with free room behind it. The stock layer copies all it holds at
-    every token; this one writes new tokens into the room, and copies once in 64."""
-    room = None
-
-    def update(self, keys, values, *args, **kwargs):
-        """Append keys, values (rows, heads, new tokens, D) -> all keys, all values."""
-        start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
-        if start == 0:
-            return super().update(keys, values, *args, **kwargs)
-        if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < end:
-            held = self.keys, self.values
-            self.room = [torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in held]
-        for room, new in zip(self.room, (keys, values)):
-            room[:, :, start:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-        return self.keys, self.values
-
-
 @torch.no_grad()
 def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
-    """G responses to each prompt: decoding, written out.
+    """G responses to each prompt -> a Batch of N rows: decoding, written out.
 
     Each prompt is read once and its KV cache repeated G times. Then one token at a time for all
     rows. A row that drew a stop token is finished, the stop token belonging to it; finished rows
-    are taken out of the batch once they are a fifth of it. Prompts are padded on the left, so that
-    all rows draw their next token in the same column. -> Batch of N rows; logp and H come
-    free from the logits that are drawn from.
+    leave the batch once they are a fifth of it. Prompts are padded on the left, so that all rows
+    draw their next token in the same column. Every token is drawn by a number that depends on its
+    prompt's seed, its row and its place alone: the same dice fall on one GPU or eight, and in a run
+    that was resumed. logp and H come free from the logits that are drawn from.
     """
     device, P = lm.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
     seen = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = transformers.DynamicCache(config=lm.config)
-    cache.layers = [RoomyLayer() if type(x) is transformers.cache_utils.DynamicLayer else x
-                    for x in cache.layers]
     out = lm(ids, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
              past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(group_size)
     logits, seen = (x.repeat_interleave(group_size, 0) for x in (out.logits[:, -1], seen))
-    N, u = len(logits), dice(seeds, group_size, max_tokens).to(device)                 # (N, max)
-    tokens = torch.zeros(N, max_tokens, dtype=torch.long, device=device)
-    logp, H = torch.zeros(2, N, max_tokens, device=device)
-    length, ended = torch.zeros(2, N, dtype=torch.long, device=device)
-    row, stop = torch.arange(N, device=device), torch.tensor(stop_ids, device=device)
-    writes = torch.ones(N, dtype=torch.bool, device=device)                            # (rows,)
+    u = torch.cat([torch.rand(group_size, max_tokens, generator=torch.Generator().manual_seed(s))
+                   for s in seeds]).to(device)                                         # (N, max)
+    tokens = torch.zeros(u.shape, dtype=torch.long, device=device)
+    logp, H = torch.zeros(2, *u.shape, device=device)
+    length, ended = torch.zeros(2, len(u), dtype=torch.long, device=device)
+    row, stop = torch.arange(len(u), device=device), torch.tensor(stop_ids, device=device)
+    writes = torch.ones_like(row, dtype=torch.bool)                                    # (rows,)
     for t in range(max_tokens):
         token = draw(logits, u[row, t], temperature, top_p)                            # (rows,)
         tokens[row, t], length[row[writes]] = token, t + 1
@@ -1015,43 +807,40 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
         seen = torch.cat([seen, torch.ones_like(position)], 1)
         logits = lm(token[:, None], attention_mask=seen, position_ids=position,
                     past_key_values=cache, use_cache=True).logits[:, -1]               # (rows, V)
-    T = int(length.max())
     responses = [x[:n] for x, n in zip(tokens.tolist(), length.tolist())]
     batch = pack([p for p in prompts for _ in range(group_size)], responses, device)
-    logp, H = (x[:, :T] * batch.mask for x in (logp, H))
+    logp, H = (torch.where(batch.mask, x[:, :batch.mask.shape[1]], 0) for x in (logp, H))
     return replace(batch, logp=logp, H=H, ended=ended.bool())
 
 
 def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
-    """The same by transformers' continuous batching: a paged KV cache in which equal prompts share
-    blocks, and finished rows make room for waiting ones. For GPUs. -> Batch without H; `rescore`
-    adds it, and puts pi_old in the place of the engine's own logp. (num_return_sequences would
-    spare prefills, but transformers 5.17 loses all responses of a group but one.)"""
+    """The same by transformers' continuous batching, for GPUs: a paged KV cache in which equal
+    prompts share blocks, and finished rows make room for waiting ones. It has dice of its own;
+    `rescore` adds H and sets logp. (num_return_sequences loses some in transformers 5.17.)"""
+    rows = [p for p in prompts for _ in range(group_size)]
     how = dict(do_sample=False) if temperature == 0 else dict(
         do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
-    config = GenerationConfig(max_new_tokens=max_tokens, eos_token_id=stop_ids,
-                              pad_token_id=stop_ids[0], **how)
-    rows = [p for p in prompts for _ in range(group_size)]
-    engine = transformers.ContinuousBatchingConfig(     # a CPU's memory is not the engine's alone
-        return_logprobs=True, seed=seeds[0],
-        max_memory_percent=None if lm.device.type == "cuda" else 0.02)
-    outputs = list(lm.generate_batch(inputs=rows, generation_config=config,
-                                     continuous_batching_config=engine).values())
-    failed = [o.error for o in outputs if o.error]
-    if [o.prompt_ids for o in outputs] != rows or failed:
-        raise RuntimeError(f"the engine answered {len(outputs) - len(failed)} of {len(rows)} "
-                           f"requests, or not in order {failed[:1]}; try --sampler loop")
-    responses = [o.generated_tokens for o in outputs]
-    batch = pack(rows, responses, lm.device)
-    ended = torch.tensor([r[-1] in stop_ids for r in responses], device=lm.device)
-    logp = torch.nn.utils.rnn.pad_sequence([torch.tensor(o.logprobs) for o in outputs],
-                                           batch_first=True).to(lm.device)
-    return replace(batch, ended=ended, logp=logp)
+    outputs = list(lm.generate_batch(
+        inputs=rows, generation_config=GenerationConfig(
+            max_new_tokens=max_tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0], **how),
+        continuous_batching_config=transformers.ContinuousBatchingConfig(
+            return_logprobs=True, seed=seeds[0],
+            max_memory_percent=None if lm.device.type == "cuda" else 0.02)).values())
+    if [o.prompt_ids for o in outputs] != rows or any(o.error for o in outputs):
+        raise RuntimeError(f"the engine answered {len(outputs)} of {len(rows)} requests, or out of "
+                           f"order, or failed: {[o.error for o in outputs][:1]}; --sampler loop")
+    batch = pack(rows, [o.generated_tokens for o in outputs], lm.device)
+    for i, o in enumerate(outputs):
+        batch.logp[i, :len(o.logprobs)] = torch.tensor(o.logprobs)
+        batch.ended[i] = o.generated_tokens[-1] in stop_ids
+    return batch
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 6. The policy: a causal language model, and the two numbers we need of it at every response
-# token. One forward pass gives both; the update, `rescore` and imitation share it.
+# Part 6. The policy: a causal language model, the two numbers we need of it at every response
+# token, and its optimizer step. On GPUs there is a process for each, with a shard of the fp32
+# weights and bf16 matrix products (part 8); a whole bf16 copy samples, by the engine; `rescore`
+# then takes logp and H from the policy; micro-batches are larger. `tiny` stays as on a CPU.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
@@ -1064,8 +853,8 @@ class ChunkedLogProbAndEntropy(torch.autograd.Function):
     2.5 GB, several times over with gradients. So it is never made: tokens go through the head a
     chunk at a time, in forward and again in backward, where the gradients at the logits z are
 
-        d log pi(o) / d z_v = [v = o] - p_v          (5): it vanishes where the policy is sure
-        d H / d z_v         = - p_v (log p_v + H)
+        d log pi(o) / d z_v = [v = o] - p_v          (5): it vanishes where pi is sure of o
+        d H / d z_v         = - p_v (log p_v + H)    z: logits over the temperature
     """
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature):
@@ -1121,31 +910,20 @@ class Policy(torch.nn.Module):
 
 
 def tiny_model(seed):
-    """A 0.4M-parameter Llama with random weights, and a tokenizer of single characters.
-
-    The tokenizer is written as the file that a Hugging Face folder holds: byte-pair encoding
-    without a single merge leaves characters. The chat template makes a prompt the bare problem.
-    """
-    special, pieces = ["<pad>", "<eos>", "<unk>"], [*"0123456789+= }", "\\boxed{"]
-    vocabulary = {piece: n for n, piece in enumerate(special + pieces)}
-    whole = [{"id": vocabulary[x], "content": x, "special": x in special, "normalized": False,
-              "single_word": False, "lstrip": False, "rstrip": False}
-             for x in special + pieces[-1:]]
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "tokenizer.json")
-        with open(path, "w") as f:
-            bpe = {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<unk>"}
-            json.dump({"version": "1.0", "added_tokens": whole, "decoder": {"type": "Fuse"},
-                       "model": bpe}, f)
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=path, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-            chat_template="{{ messages[0]['content'] }}")
+    """A Llama of 0.4M parameters with random weights, and a tokenizer of single characters: GPT-2's
+    without a merge ("Ġ" is its space). The chat template makes a prompt the bare problem."""
+    pieces = ["<pad>", "<eos>", "<unk>", *"0123456789+=Ġ}", "\\boxed{"]
+    tokenizer = transformers.GPT2Tokenizer(
+        vocab={piece: n for n, piece in enumerate(pieces)}, merges=[], bos_token=None,
+        pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        chat_template="{{ messages[0]['content'] }}")
+    tokenizer.add_tokens(pieces[-1:])
     torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+        vocab_size=len(pieces), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)), tokenizer
+        initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
+        pad_token_id=0)), tokenizer
 
 
 @dataclass
@@ -1153,40 +931,25 @@ class Run:
     """What every phase of a run shares."""
     cfg: Config
     world: object               # the processes of the run, part 8
+    out: str                    # folder of the run
     policy: Policy
     tokenizer: object
     stop_ids: list              # a response ends with one of these, the tokenizer's own first
-    sampler: object             # the model to sample from: a copy of the policy, or itself
-    gap: float = 0.0            # sum of |log pi_sampler - log pi_old| over this step's tokens, nats
-    seconds: dict = field(default_factory=dict)     # of this step, by phase
-    bytes: dict = field(default_factory=dict)       # peak of GPU memory, by phase
+    sampler: object             # the model to sample from: the policy's, or a whole copy of it
+    exams: dict = field(default_factory=dict)           # {short name: problems}
+    rows: list = field(default_factory=list)            # of metrics.jsonl
+    clock: Counter = field(default_factory=Counter)     # of this step: seconds, peak bytes, gap
 
     @contextlib.contextmanager
     def timed(self, phase):
-        """Add the time of a with-block to seconds[phase], its peak of GPU memory to bytes."""
-        start, cuda = time.perf_counter(), self.world.device.type == "cuda"
+        """Add the time of a with-block to the clock, and its peak of GPU memory."""
+        start, cuda, name = time.perf_counter(), self.world.device.type == "cuda", f"bytes_{phase}"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        with self.world.named(phase):
-            yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-        if cuda:
-            self.bytes[phase] = max(self.bytes.get(phase, 0), torch.cuda.max_memory_allocated())
-
-    def start_step(self):
-        """Reset the clocks -> the time now."""
-        self.gap, self.seconds = 0.0, dict.fromkeys(("sample", "score", "update"), 0.0)
-        self.bytes = dict.fromkeys(self.seconds, 0)
-        return time.perf_counter()
-
-    def clocks(self, start, metrics):
-        """The metrics of time and memory, for the step that began at start."""
-        seconds = time.perf_counter() - start
-        m = dict(seconds=seconds, **{f"seconds_{phase}": x for phase, x in self.seconds.items()},
-                 tokens_per_second=metrics["response_tokens"] / seconds)
-        return {key: round(x, 6) for key, x in m.items()} | {
-            "peak_memory_bytes": max(self.bytes.values()),
-            **{f"bytes_{phase}": x for phase, x in self.bytes.items()}}
+        self.world.phase = phase
+        yield
+        self.clock[f"seconds_{phase}"] += time.perf_counter() - start
+        self.clock[name] = max(self.clock[name], torch.cuda.max_memory_allocated() if cuda else 0)
 
     @torch.no_grad()
     def fill_sampler(self):
@@ -1202,12 +965,12 @@ class Run:
             mine.data = mine.data.new_empty(0)
 
 
-def load(cfg, world):
+def load(cfg, world, out):
     """The policy with fp32 weights, its tokenizer, the ids that end a response: a Run."""
     if cfg.model == "tiny":
         lm, tokenizer = tiny_model(cfg.seed)
     else:
-        with reading(cfg.model):
+        with using(cfg.model):
             lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     ends = lm.generation_config.eos_token_id
@@ -1215,12 +978,11 @@ def load(cfg, world):
     stop_ids = [x for x in dict.fromkeys(ends) if x is not None]
     need(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
     lm.generation_config = GenerationConfig(eos_token_id=stop_ids)  # hub ones may not be savable
-    lm = lm.eval()                                                        # dropout off
+    lm, probe = lm.eval(), torch.tensor([stop_ids[:1] * 2])         # eval: no dropout
     with torch.no_grad():
-        probe = torch.tensor([stop_ids[:1] * 2])
         hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
-        logits = hidden @ lm.get_output_embeddings().weight.T
-        same = torch.allclose(logits, lm(probe).logits, atol=1e-3)
+        same = torch.allclose(hidden @ lm.get_output_embeddings().weight.T, lm(probe).logits,
+                              atol=1e-3)
     need(same, f"{cfg.model} makes its logits otherwise than by one matrix (a bias, a soft cap, a "
                "scale): ChunkedLogProbAndEntropy would have to do the same")
     sampler = lm
@@ -1228,8 +990,7 @@ def load(cfg, world):
         with world.device:
             sampler = AutoModelForCausalLM.from_config(
                 lm.config, dtype=torch.bfloat16 if world.bf16 else torch.float32).eval()
-    policy = world.shard(Policy(lm), cfg.offload)
-    run = Run(cfg, world, policy, tokenizer, stop_ids, sampler)
+    run = Run(cfg, world, out, world.shard(Policy(lm), cfg.offload), tokenizer, stop_ids, sampler)
     run.empty_sampler()
     return run
 
@@ -1245,7 +1006,7 @@ def micro_batches(run, batch):
         n = max(1, tokens // int(lengths[order[0]]))
         cuts.append(order[:n])
         order = order[n:]
-    return cuts + [order] * (max(run.world.gather(len(cuts))) - len(cuts))
+    return cuts + [order[:0]] * (max(run.world.gather(len(cuts))) - len(cuts))
 
 
 def descend(run, optimizer, batch, weight, loss_of):
@@ -1263,8 +1024,7 @@ def descend(run, optimizer, batch, weight, loss_of):
         part = loss_of(micro, weight[i][:, :logp.shape[1]], logp, H)
         (part * world.size).backward()      # FSDP will average over GPUs what is to be summed
         loss += float(part.detach())
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0)
-    norm = float(world.whole(norm))
+    norm = float(world.whole(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0)))
     need(math.isfinite(norm), f"the gradient is {norm}; nothing was changed by it. Look at the "
                               "learning rate and the last lines of metrics.jsonl")
     optimizer.step()
@@ -1273,30 +1033,32 @@ def descend(run, optimizer, batch, weight, loss_of):
 
 
 def learn(run, optimizer, mini):
-    """One optimizer step on L (2) over a mini-batch.
+    """One optimizer step on L (2) over a mini-batch. To it entroreg adds - 0.001 mean(H) (our
+    number: the paper names none), and kl-cov the mean of |log rho| over tokens with a penalty.
 
     -> the loss; the gradient norm; how many tokens had their gradient stopped by a clip of (2);
     and H under the current weights minus H when sampled, summed by quadrant, (5,): what the earlier
     mini-batches of the step did to the entropy. All but the norm are this process' part.
     """
-    cfg, clips = run.cfg, (run.cfg.clip_low, run.cfg.clip_high, run.cfg.clip_c)
-    clipped, drift = [], []
+    cfg, clipped, drift = run.cfg, 0, 0
+    clips = cfg.clip_low, cfg.clip_high, cfg.clip_c
 
     def loss_of(micro, w, logp, H):
-        loss = policy_loss(logp, micro.logp, micro.A, w, *clips)              # (2)
+        nonlocal clipped, drift
+        loss = policy_loss(logp, micro.logp, micro.credit, w, *clips)         # (2)
         if cfg.method == "entroreg":
-            loss = loss - ENTROPY_BONUS * (H * w).sum()
+            loss = loss - 0.001 * (H * w).sum()
         if cfg.method == "kl-cov":
             loss = loss + ((logp - micro.logp).abs() * micro.penalty * w).sum()
         with torch.no_grad():
-            rho, m = (logp - micro.logp).exp(), micro.mask
-            clipped.append(((surrogate(rho, micro.A, *clips) != rho * micro.A) & m).sum())
-            drift.append(torch.bincount(micro.quadrant[m], (H - micro.H)[m].double(), 5))
+            rho, A, m = (logp - micro.logp).exp(), micro.credit, micro.mask
+            clipped += ((surrogate(rho, A, *clips) != rho * A) & m).sum()
+            drift += torch.bincount(micro.quadrant[m], (H - micro.H)[m].double(), 5)
         return loss
 
     weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)          # (N, T)
     loss, norm = descend(run, optimizer, mini, weight, loss_of)
-    return loss, norm, int(sum(clipped)), sum(drift).cpu()
+    return loss, norm, clipped, drift
 
 
 def imitate(run, problems):
@@ -1304,69 +1066,52 @@ def imitate(run, problems):
 
     RL can only reinforce what the model already tries now and then. The loss is - mean log p over
     the tokens of the solutions and their stop tokens, at the sampling temperature: (2) with log p
-    in the place of rho A. -> whether it came to its end.
+    in the place of rho A.
     """
     cfg, world, stream = run.cfg, run.world, Stream(problems, run.cfg.seed)
     optimizer = torch.optim.AdamW(run.policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    marked = [is_correct(p.solution, p.answer) for p in problems[:1000] if p.answer]
-    if marked:
-        world.print(f"warm-up: {len(problems)} worked solutions, {sum(marked) / len(marked):.0%} "
-                    "of them right: so much the base model can learn to solve")
     with world.bar(range(cfg.warmup_steps), "warm-up") as bar:
         for step in bar:
             left = 1 - step / cfg.warmup_steps
             rate = cfg.warmup_learning_rate * min(1.0, (step + 1) / 20, left / 0.3)
             optimizer.param_groups[0]["lr"] = rate
-            mine = world.share([p for _, p in stream.take(cfg.warmup_batch)])
-            solutions = [run.tokenizer(p.solution, add_special_tokens=False).input_ids
-                         for p in mine]
-            responses = [(x + run.stop_ids[:1])[:cfg.max_response_tokens] for x in solutions]
+            mine = world.share([p for _, p in stream.take(16)])
+            responses = [run.tokenizer(str(p.solution), add_special_tokens=False).input_ids
+                         + run.stop_ids[:1] for p in mine]
+            responses = [r[:cfg.max_response_tokens] for r in responses]
             batch = pack([p.ids for p in mine], responses, world.device)
             loss, _ = descend(run, optimizer, batch, batch.mask.float(),
                               lambda micro, w, logp, H: -(logp * w).sum())
             bar.set_postfix_str(f"loss {sum(world.gather(loss)):.3f} nats a token", refresh=False)
             if world.asked_to_stop():
-                return False
-    return True
+                break
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 7. Try, mark, compare; and the exam. On several GPUs each process works on its share of the
-# problems, and what must be known of all of them goes through `world.gather`.
+# Part 7. Try, mark, compare, look. On several GPUs each process works on its share of the problems,
+# and what must be known of all of them goes through `world.gather`.
 # --------------------------------------------------------------------------------------------------
-
-ROWS = 512      # responses that the loop decodes at a time, if the KV cache has room for them
-
-
-def kv_bytes(c, width):
-    """Bytes of KV cache a token, for a model's config c and numbers of `width` bytes."""
-    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * size * width
-
 
 def attempt(run, numbered, what, n, temperature, top_p):
     """n responses to each of this process' share of (number, problem) pairs, marked: a Batch with
-    `right`, and `reward` +1 or -1. The dice depend on the seed, on `what` and on the number."""
+    `number`, `right` and `reward`, +1 or -1 (less with --overlong). The loop's dice depend on the
+    seed, on `what` (training or the exam's name) and on the number."""
     cfg, lm, mine = run.cfg, run.fill_sampler(), run.world.share(numbered)
     engine = cfg.sampler == "engine" or cfg.sampler == "auto" and lm.device.type == "cuda"
-    rows = ROWS
-    if lm.device.type == "cuda" and not engine:
-        longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-        room = 0.6 * torch.cuda.mem_get_info()[0] / kv_bytes(lm.config, lm.dtype.itemsize)
-        rows = min(rows, int(room / longest))
-    sample, B = (sample_engine, len(mine)) if engine else (sample_loop, max(1, rows // n))
+    sample, B = (sample_engine, len(mine) or 1) if engine else (sample_loop, max(1, 512 // n))
     seeds = [crc32(f"{cfg.seed} {what} {number}".encode()) for number, _ in mine]
-    prompts = [p.ids for _, p in mine]
     with run.timed("sample"):
-        batches = [sample(lm, prompts[i:i + B], n, cfg.max_response_tokens, temperature, top_p,
-                          run.stop_ids, seeds[i:i + B])
-                   for i in run.world.bar(range(0, len(mine), B or 1), "sampling", 5, leave=False)]
-        batch = join(batches or [no_rows(lm.device)])
+        batch = join([pack([], [], lm.device)] + [
+            sample(lm, [p.ids for _, p in mine[i:i + B]], n, cfg.max_response_tokens, temperature,
+                   top_p, run.stop_ids, seeds[i:i + B])
+            for i in run.world.bar(range(0, len(mine), B), "sampling", 5, leave=False)])
     if engine or run.world.bf16:
-        run.gap += rescore(run, batch, temperature)
-    right = [is_correct(text, mine[i // n][1].answer) for i, text in enumerate(decode(run, batch))]
-    batch.right = torch.tensor(right, dtype=torch.bool, device=lm.device)
+        run.clock["gap"] += rescore(run, batch, temperature)
+    batch.number = torch.tensor([number for number, _ in mine for _ in range(n)],
+                                dtype=torch.long, device=lm.device)
+    batch.right = torch.tensor([is_correct(text, mine[i // n][1].answer) for i, text in
+                                enumerate(texts(run, batch))], dtype=torch.bool, device=lm.device)
     batch.reward = torch.where(batch.right, 1.0, -1.0)
     if cfg.overlong:            # DAPO's soft penalty, 0 to -1 over the last share of the tokens
         last = cfg.overlong * cfg.max_response_tokens
@@ -1374,18 +1119,18 @@ def attempt(run, numbered, what, n, temperature, top_p):
     return batch
 
 
-def decode(run, batch):
-    """The responses as texts, without stop tokens and the like."""
+def texts(run, batch):
+    """The responses as text, without stop tokens and the like."""
     return run.tokenizer.batch_decode([batch.response(i) for i in range(len(batch.ids))],
                                       skip_special_tokens=True)
 
 
 @torch.no_grad()
 def rescore(run, batch, temperature):
-    """logp and H of a batch by the policy itself, where another model sampled: a bf16 copy, or an
-    engine with kernels of its own, would put its rounding errors into rho. -> how far the two are
-    apart, the sum over tokens of |log pi_sampler - log pi_old| in nats. (The engine's pi_sampler is
-    what top_p left of pi.)"""
+    """Set logp and H of a batch to those of the policy itself, where another model sampled: a bf16
+    copy, or an engine with kernels of its own, would put its rounding errors into rho. -> how far
+    the two are apart, the sum over tokens of |log pi_sampler - log pi_old| in nats (the engine's
+    pi_sampler is what top_p left of pi)."""
     with run.timed("score"):
         theirs, mask = batch.logp, batch.mask
         batch.logp, batch.H = torch.zeros(2, *mask.shape, device=batch.ids.device)
@@ -1396,146 +1141,177 @@ def rescore(run, batch, temperature):
 
 
 def roll_out(run, stream):
-    """Try and mark, until prompts_per_step groups can teach something or the rounds are used up.
+    """Try and mark, until prompts_per_step groups can teach something or the rounds are used up:
+    a Batch of all that this process tried.
 
-    A group that is all right or all wrong has A = 0 for all its tokens: it is dropped, and other
+    A group that is all right or all wrong has A = 0 for all its tokens: it is not kept, and other
     problems are tried in its place (dynamic sampling). With --overlong its rewards may differ, but
-    it teaches nothing about being right, and is dropped too. -> the Batch of all that this process
-    tried, and for each of its groups (number, problem), the number being None if it was dropped.
+    it teaches nothing about being right, and is not kept either.
     """
-    cfg, tried, groups, missing = run.cfg, [], [], run.cfg.prompts_per_step
+    cfg, G, tried, missing = run.cfg, run.cfg.group_size, [], run.cfg.prompts_per_step
     for _ in range(1 + cfg.resample):
-        numbered = stream.take(missing)
-        batch = attempt(run, numbered, "train", cfg.group_size, cfg.temperature, cfg.top_p)
-        right = batch.right.view(-1, cfg.group_size)
-        mixed = (right.any(1) & ~right.all(1)).tolist()
-        groups += [(number if m else None, problem)
-                   for (number, problem), m in zip(run.world.share(numbered), mixed)]
+        batch = attempt(run, stream.take(missing), "train", G, cfg.temperature, cfg.top_p)
+        right = batch.right.view(-1, G)
+        batch.kept = (right.any(1) & ~right.all(1)).repeat_interleave(G)
         tried.append(batch)
-        missing -= sum(run.world.gather(sum(mixed)))
+        missing -= sum(run.world.gather(int(batch.kept.sum()))) // G
         if missing == 0:
             break
-    return join(tried), groups
+    return join(tried)
 
 
 def give_credit(run, batch):
-    """Set batch.A and batch.quadrant: what each token is to be reinforced by, under cfg.method."""
+    """Set batch.credit and batch.quadrant: what each token is reinforced by, under cfg.method.
+
+    Quantiles and means are over all response tokens of the step, dropped groups too, on all GPUs.
+    kl-cov marks the 0.2% of tokens of highest (logp - mean)(A - mean), where entropy falls fastest,
+    for a penalty in the loss (Cui et al. 2025).
+    """
     cfg, H, mask, G = run.cfg, batch.H, batch.mask, run.cfg.group_size
-    every = lambda x: torch.cat([part.to(H.device) for part in run.world.gather(x.cpu())])
+    of_all = lambda x: torch.cat([part.to(H.device) for part in run.world.gather(x[mask].cpu())])
+    top = lambda x, share: x.topk(max(1, round(share * len(x)))).values[-1]
     A = group_advantages(batch.reward, G)                                               # (1)
-    batch.quadrant = q = quadrants(batch.reward, H, mask, G)
-    if cfg.method == "forking":
-        batch.A = forking(A, H, mask, threshold(every(H[mask]), 0.2))
-    elif cfg.method == "entroadv":
-        batch.A = entropy_advantages(A, H, mask)
-    elif cfg.method == "w-reinforce":
-        batch.A = weighted_reinforce(A, mask)
-    elif cfg.method == "eapo":
-        batch.A = entropy_aware_advantages(A, H, mask, G, cfg.alpha, cfg.phi)           # (7)
-    else:
-        batch.A = A[:, None] * mask
+    batch.quadrant = quadrants(batch.reward, H, mask, G)
+    tau = top(of_all(H), 0.2) if cfg.method == "forking" else math.inf
+    batch.credit = credit_rule(cfg.method, A, H, mask, G, cfg.alpha, cfg.phi, tau)      # (7)
     if cfg.method == "kl-cov":
-        means = every((A[:, None] * mask)[mask]).mean(), every(batch.logp[mask]).mean()
-        cov = covariances(A, batch.logp, mask, *means)
-        batch.penalty = mask & (cov >= threshold(every(cov[mask]), 0.002))
-    within = lambda names: sum(q == k for k, name in enumerate(QUADRANTS, 1)
-                               if name in names.split(",")) > 0
+        logp, credit = batch.logp, batch.credit
+        cov = (logp - of_all(logp).mean()) * (credit - of_all(credit).mean())
+        batch.penalty = mask & (cov >= top(of_all(cov), 0.002))
+    within = lambda names: torch.isin(batch.quadrant, torch.tensor(
+        [code for code, q in enumerate(QUADRANTS, 1) if q in names], device=H.device))
     if cfg.without:
-        batch.A = torch.where(within(cfg.without), A[:, None], batch.A)
+        batch.credit = torch.where(within(cfg.without), A[:, None], batch.credit)
     if cfg.quadrants:
-        batch.A = batch.A * within(cfg.quadrants)
+        batch.credit = batch.credit * within(cfg.quadrants)
 
 
-def mini_batches(run, batch, groups):
+def mini_batches(run, batch):
     """The kept groups, in the order of the stream, which is random, cut evenly into mini-batches of
     at most prompts_per_minibatch: this process' rows of each, which may be none."""
-    place = {number: k for k, (number, _) in enumerate(groups) if number is not None}
-    every = sorted(number for part in run.world.gather([*place]) for number in part)
-    parts = -(-len(every) // run.cfg.prompts_per_minibatch)     # rounded up; 0 without such groups
-    rows = torch.arange(len(batch.ids), device=batch.ids.device)
-    rows = rows.view(-1, run.cfg.group_size)                                            # (B, G)
+    kept = batch.number[batch.kept][::run.cfg.group_size].tolist()      # of this process
+    order = sorted(sum(run.world.gather(kept), []))
+    parts = -(-len(order) // run.cfg.prompts_per_minibatch)     # rounded up; 0 without such groups
     for k in range(parts):
-        part = every[k * len(every) // parts:(k + 1) * len(every) // parts]
-        yield batch.rows(rows[[place[n] for n in part if n in place]].flatten())
+        part = order[k * len(order) // parts:(k + 1) * len(order) // parts]
+        yield batch.rows(torch.isin(batch.number, torch.tensor(part, device=batch.ids.device)))
 
 
-def with_interval(name, k, shares, draws=2000):
-    """A mean over questions, (questions,), and its 95% interval by bootstrap over questions, as
-    metrics name@k, name_low, name_high."""
-    dice = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(shares), (draws, len(shares)), generator=dice)
-    low, high = torch.quantile(shares[picks].mean(1), torch.tensor([0.025, 0.975]))
-    return {f"{name}@{k}": shares.mean(), f"{name}_low": low, f"{name}_high": high}
+def proxy_information(counts):
+    """(14)  Ihat(H; r) = S(H) - S(H | r) in nats, S the entropy of a histogram of H; counts (2,
+    bins) of tokens of wrong and right responses.
+
+    The mutual information of a token's entropy and its response's verdict: 0 if both have the same
+    histogram. Counting alone gives about bins / (2 tokens) too much.
+    """
+    nats = lambda x: float(-torch.special.xlogy(x / x.sum(), x / x.sum()).sum())
+    counts = counts.double()
+    return nats(counts.sum(0)) - sum(float(row.sum() / counts.sum()) * nats(row)
+                                     for row in counts if row.sum())
 
 
-def sit_exams(run, exams, step):
-    """Avg@k, (9), the mean of c / k, and Pass@k, (8), on every exam -> metrics, responses of all
-    processes as rows for responses.jsonl, and this process' Batch of each exam. H is at the exam's
-    temperature. The dice are the same every time, so that two sittings differ by the model."""
-    cfg, metrics, rows, batches, k = run.cfg, {}, [], {}, run.cfg.eval_samples
-    for name, problems in exams.items():
-        numbered = list(enumerate(problems))
-        batch = attempt(run, numbered, name, k, cfg.eval_temperature, cfg.eval_top_p)
-        batches[name], entropy = batch, (batch.H.sum(1) / batch.response_len).tolist()
-        mine = [dict(step=step, set=name, number=number, problem=p.text, answer=p.answer,
-                     right=bool(right), tokens=int(n), ended=bool(ended), entropy=round(h, 6),
-                     response=text)
-                for (number, p), right, n, ended, h, text in zip(
-                    [x for x in run.world.share(numbered) for _ in range(k)], batch.right,
-                    batch.response_len, batch.ended, entropy, decode(run, batch))]
-        every = sorted(sum(run.world.gather(mine), []), key=lambda row: row["number"])
-        rows += every
-        c = torch.tensor([row["right"] for row in every]).view(-1, k).sum(1)            # (B,)
-        total, n = sum(row["tokens"] for row in every), len(every)
-        smaller = [2 ** j for j in range(k.bit_length()) if cfg.eval_only and 2 ** j < k]
-        curve = {f"pass@{j}": sum(pass_at_k(k, int(x), j) for x in c) / len(c) for j in smaller}
-        metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in {
-            **with_interval("avg", k, c / k), **curve,
-            **with_interval("pass", k, torch.tensor([pass_at_k(k, int(x), k) for x in c])),
-            "entropy": sum(row["entropy"] * row["tokens"] for row in every) / total,
-            "length": total / n,
-            "truncated": sum(not row["ended"] for row in every) / n}.items()}
-    return metrics, rows, batches
-
-
-def measure(run, batch, groups, updates):
-    """The metrics of one step, of all processes: loss, gradient, clips and quadrants of the groups
-    learned from, the others of all that was tried. Also the entropy histogram of the step."""
-    G, mask = run.cfg.group_size, batch.mask
-    right = batch.right.view(-1, G)
-    kept = torch.tensor([number is not None for number, _ in groups], dtype=torch.bool,
-                        device=mask.device)
-    learned = mask & kept.repeat_interleave(G)[:, None]
+def measure(run, batch, updates, start):
+    """The metrics of the step that began at start, of all processes: loss, gradient, clips and
+    quadrants of the groups learned from, the others of all that was tried. Also H as a histogram
+    (2, 32), in bins of 0.125 nats, of wrong and right responses."""
+    mask, right = batch.mask, batch.right.view(-1, run.cfg.group_size)
+    learned = mask & batch.kept[:, None]
     by_quadrant = lambda x: torch.bincount(batch.quadrant[learned], x[learned].double(), 5)
+    bins = (batch.H / 0.125).long().clamp(max=31) + 32 * batch.right[:, None]
     losses, norms, clipped, drifts = zip(*updates or [(0.0, 0.0, 0, torch.zeros(5))])
     sums = dict(
-        rows=len(batch.ids), reward=batch.reward.sum(), right=right.sum(), tokens=mask.sum(),
-        entropy=batch.H.sum(), ended=batch.ended.sum(), groups=len(right),
+        rows=right.numel(), reward=batch.reward.sum(), right=right.sum(), tokens=mask.sum(),
+        nats=batch.H.sum(), ended=batch.ended.sum(), groups=len(right), gap=run.clock["gap"],
         all_right=right.all(1).sum(), all_wrong=(~right).all(1).sum(),
-        histogram=entropy_histogram(batch.H, batch.right, mask), loss=sum(losses) / len(losses),
-        clipped=sum(clipped), gap=run.gap, drift=sum(drifts), count=by_quadrant(mask),
-        credit=by_quadrant(batch.A.abs()), nats=by_quadrant(batch.H))
+        histogram=torch.bincount(bins[mask], minlength=64), loss=sum(losses) / len(losses),
+        clipped=sum(clipped), drift=sum(drifts), share=torch.stack([by_quadrant(x) for x in (
+            mask, batch.credit.abs(), batch.H)]))
     parts = run.world.gather({key: torch.as_tensor(x).cpu() for key, x in sums.items()})
     s = {key: sum(part[key] for part in parts) for key in sums}
-    rows, tokens, used = int(s["rows"]), int(s["tokens"]), s["count"].sum().clamp(min=1)
-    m = dict(reward=s["reward"] / rows, solve_rate=s["right"] / rows, entropy=s["entropy"] / tokens,
-             information=proxy_information(s["histogram"]), response_tokens=tokens,
+    rows, tokens, histogram = int(s["rows"]), int(s["tokens"]), s["histogram"].view(2, 32)
+    seconds, by_phase = time.perf_counter() - start, ("sample", "score", "update")
+    m = dict(reward=s["reward"] / rows, solve_rate=s["right"] / rows, entropy=s["nats"] / tokens,
+             information=proxy_information(histogram), response_tokens=tokens,
              response_length=tokens / rows, truncated=1 - s["ended"] / rows,
              groups=int(s["groups"]), groups_all_right=int(s["all_right"]),
              groups_all_wrong=int(s["all_wrong"]), loss=s["loss"],
-             grad_norm=sum(norms) / len(norms), clip_fraction=s["clipped"] / used,
-             sampler_gap=s["gap"] / tokens)
-    for key, x, whole in (("tokens", s["count"], used), ("drift", s["drift"], s["count"]),
-                          ("advantage", s["credit"], s["credit"].sum()),
-                          ("entropy", s["nats"], s["nats"].sum())):
-        share = x / whole.clamp(min=1e-9)
-        m |= {f"{key}/{name}": share[code] for code, name in enumerate(QUADRANTS, 1)}
-    m = {key: x if isinstance(x, int) else round(float(x), 6) for key, x in m.items()}
-    return m, s["histogram"]
+             grad_norm=sum(norms) / len(norms), sampler_gap=s["gap"] / tokens,
+             clip_fraction=s["clipped"] / s["share"][0].sum().clamp(min=1), seconds=seconds,
+             **{f"seconds_{x}": run.clock[f"seconds_{x}"] for x in by_phase},
+             **{f"bytes_{x}": int(run.clock[f"bytes_{x}"]) for x in by_phase},
+             peak_memory_bytes=int(max(run.clock[f"bytes_{x}"] for x in by_phase)),
+             tokens_per_second=tokens / seconds)
+    shares = s["share"] / s["share"].sum(1, keepdim=True).clamp(min=1e-9)
+    for key, x in zip(("tokens", "advantage", "entropy", "drift"),
+                      (*shares, s["drift"] / s["share"][0].clamp(min=1))):
+        m |= {f"{key}/{name}": x[code] for code, name in enumerate(QUADRANTS, 1)}
+    return {k: x if isinstance(x, int) else round(float(x), 6) for k, x in m.items()}, histogram
+
+
+def pass_at_k(n, c, k):
+    """(8)  1 - C(n - c, k) / C(n, k): the chance that k drawn from n samples, of which c are right,
+    hold a right one."""
+    return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k)) if n - c >= k else 1.0
+
+
+def interval(shares):
+    """The 95% interval of a mean over questions, (questions,) -> (2,), by bootstrap over them."""
+    dice = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(shares), (2000, len(shares)), generator=dice)
+    return torch.quantile(shares[picks].mean(1), torch.tensor([0.025, 0.975]))
+
+
+def exam(run, step):
+    """Avg@k, (9), the mean of c / k, and Pass@k, (8), on every exam -> metrics; also printed, and
+    in eval.json; every response goes into responses.jsonl. H is at the exam's temperature. The
+    loop's dice are the same every time, so that two sittings differ by the model alone."""
+    cfg, world, metrics, k = run.cfg, run.world, {}, run.cfg.eval_samples
+    for name, problems in run.exams.items():
+        batch = attempt(run, list(enumerate(problems)), name, k, cfg.eval_temperature,
+                        cfg.eval_top_p)
+        columns = (batch.number, batch.right, batch.response_len, batch.ended, batch.H.sum(1))
+        mine = [dict(step=step, set=name, number=n, problem=problems[n].problem,
+                     answer=problems[n].answer, right=right, tokens=tokens, ended=ended,
+                     entropy=round(nats / tokens, 6), response=text) for n, right, tokens, ended,
+                nats, text in zip(*(x.tolist() for x in columns), texts(run, batch))]
+        rows = sorted(sum(world.gather(mine), []), key=lambda row: row["number"])
+        c = torch.tensor([row["right"] for row in rows]).view(-1, k).sum(1)             # (B,)
+        js = [2 ** i for i in range(k.bit_length()) if cfg.eval_only and 2 ** i < k] + [k]
+        passed = {j: torch.tensor([pass_at_k(k, int(x), j) for x in c]) for j in js}
+        tokens, n = sum(row["tokens"] for row in rows), len(rows)
+        m = {f"avg@{k}": (c / k).mean(), **{f"pass@{j}": x.mean() for j, x in passed.items()},
+             **dict(zip(("avg_low", "avg_high"), interval(c / k))),
+             **dict(zip(("pass_low", "pass_high"), interval(passed[k]))),
+             "entropy": sum(row["entropy"] * row["tokens"] for row in rows) / tokens,
+             "length": tokens / n, "truncated": 1 - sum(row["ended"] for row in rows) / n}
+        metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in m.items()}
+        world.print(f"\n{f'step {step}' if step else 'base'} on {name}: Avg@{k} "
+                    f"{m[f'avg@{k}']:.3f}, 95% within {m['avg_low']:.3f} .. {m['avg_high']:.3f}; "
+                    f"Pass@{k} {m[f'pass@{k}']:.3f}; entropy {m['entropy']:.3f} nats; "
+                    f"truncated {m['truncated']:.1%}", *paint(run, batch))
+        if world.rank == 0:
+            with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+    if world.rank == 0 and metrics:
+        replace_file(f"{run.out}/eval.json", json.dumps({"step": step, **metrics}, indent=2))
+    return metrics
+
+
+def paint(run, batch):
+    """The first three responses of an exam, to its first problem, as lines; on a terminal tokens
+    have the colours of quadrants: green right, red wrong, bold from mu_H up."""
+    group = batch.rows(batch.number == batch.number[:1])
+    codes = quadrants(group.reward, group.H, group.mask, len(group.ids) or 1).tolist()
+    for i in range(min(3, len(codes))):
+        tokens = [run.tokenizer.decode([t], skip_special_tokens=True) for t in group.response(i)]
+        if sys.stdout.isatty():
+            colours = ("", "1;32", "32", "31", "1;31")
+            tokens = [f"\033[{colours[code]}m{t}\033[0m" for code, t in zip(codes[i], tokens)]
+        yield f"\n  {'right' if group.right[i] else 'wrong'}  {''.join(tokens[:400])}"
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 8. Plumbing: processes, the plan, checkpoints, files, the terminal. Skip on first reading.
+# Part 8. Plumbing: processes, the plan, checkpoints, files. Skip on first reading.
 # --------------------------------------------------------------------------------------------------
 
 class World:
@@ -1544,14 +1320,13 @@ class World:
     def __init__(self, cfg):
         self.rank, self.size = (int(os.environ.get(x, y)) for x, y in (("RANK", 0),
                                                                        ("WORLD_SIZE", 1)))
-        cuda, self.stop, self.signalled = torch.cuda.is_available(), False, 0.0
-        self.phase = "start"
-        self.device = torch.device("cpu")
+        self.stop, self.phase, cuda = False, "start", torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda \
+            else torch.device("cpu")
+        self.bf16 = cuda and cfg.model != "tiny"
+        self.sharded = self.size > 1 or self.bf16
         if cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        self.bf16 = cfg.matmuls == "bf16" or cfg.matmuls == "auto" and cuda
-        self.sharded = self.size > 1 or self.bf16 or cfg.offload and cuda
         if self.sharded and not dist.is_initialized():
             alone = {} if self.size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -1565,8 +1340,8 @@ class World:
             return policy.to(self.device)
         cuda = self.device.type == "cuda"
         how = dict(mesh=dist.init_device_mesh(self.device.type, (self.size,)),
-                   mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if self.bf16 else None,
-                                                  reduce_dtype=torch.float32),
+                   mp_policy=MixedPrecisionPolicy(torch.bfloat16 if self.bf16 else None,
+                                                  torch.float32),
                    offload_policy=CPUOffloadPolicy(pin_memory=False) if offload and cuda
                    else OffloadPolicy())
         for layer in policy.lm.get_decoder().layers:
@@ -1583,51 +1358,30 @@ class World:
         """[x of process 0, x of process 1 ...], on every process; all must call it."""
         parts = [x] * self.size
         if self.size > 1:
-            with self.named(self.phase):
+            try:
                 dist.all_gather_object(parts, x)
+            except RuntimeError as e:       # the others did not answer, or not in time
+                e.add_note(f"eapo: process {self.rank} of {self.size}, phase {self.phase}")
+                raise
         return parts
-
-    @contextlib.contextmanager
-    def named(self, phase):
-        """Name the phase and the process if a with-block fails, as when others do not answer."""
-        self.phase = phase
-        try:
-            yield
-        except RuntimeError as e:
-            e.add_note(f"eapo: process {self.rank} of {self.size}, in or after the phase {phase}")
-            raise
 
     def share(self, items):
         """The part of a list that this process works on."""
         return items[self.rank::self.size]
 
     def print(self, *text):
-        """Print once, not once a process."""
+        """Print once, not once a process, and above the progress bar."""
         if self.rank == 0:
-            print(*text, flush=True)
+            tqdm.write("".join(text))
 
     def bar(self, steps, name, least=1, **how):
         """A progress bar over steps, on the first process, if there are at least so many."""
         return tqdm(steps, desc=name, disable=self.rank > 0 or len(steps) < least, **how)
 
-    def on_signal(self, number, frame):
-        """Ctrl-C and SIGTERM: finish the step, save, stop. Once more, 5 seconds later: stop now.
-        (Launchers pass the first one on as a second.)"""
-        if not self.stop:
-            self.stop, self.signalled = True, time.time()
-            self.print("\neapo: stopping after this step; once more to stop at once")
-        elif time.time() > self.signalled + 5 or self.size == 1:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def signals(self):
-        """Around a run: Ctrl-C and SIGTERM go to on_signal."""
-        before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+    def on_signal(self, *_):
+        """Ctrl-C and SIGTERM: finish the step, save, stop."""
+        self.stop = True
+        os.write(2, b"\neapo: stopping after this step (Ctrl-\\ stops at once)\n" * (not self.rank))
 
     def asked_to_stop(self):
         """Whether a signal has reached any process."""
@@ -1637,57 +1391,53 @@ class World:
 def plan(cfg, world):
     """Print what each process will hold in memory, in GB, and refuse what cannot fit, before any
     weight is read. The update holds weights, gradients, moments and what it works with; the
-    rollout weights, moments, a copy to sample from and the KV cache."""
-    with reading(cfg.model):
+    rollout weights, moments, a copy to sample from and the KV cache of at least one group."""
+    with using(cfg.model):
         c = AutoConfig.from_pretrained(cfg.model)
     with torch.device("meta"):
         P = sum(p.numel() for p in AutoModelForCausalLM.from_config(c).parameters())
-    n, cuda, D, L = world.size, world.device.type == "cuda", c.hidden_size, c.num_hidden_layers
-    width, here, learns = 2 if world.bf16 else 4, not (cfg.offload and cuda), not cfg.eval_only
+    n, cuda, L = world.size, world.device.type == "cuda", c.num_hidden_layers
+    width, here = 2 if world.bf16 else 4, not (cfg.offload and cuda)
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     tokens = max(longest, cfg.microbatch_tokens or (16384 if cuda else 2048))
-    layer = tokens * width * (6 * D + 4 * c.intermediate_size)      # activations
-    ends = 2 * c.vocab_size * D * world.sharded                     # embedding and head, whole
-    working = max(4 * 4 * CHUNK + 2 * width * (P / L * world.sharded + ends)
-                  + (tokens * width * L * D + layer if cuda else L * layer),
-                  ends * (2 * width + 4 + 4 / n))                   # as their gradients are reduced
-    size = dict(weights=4 * P / n * here, gradients=4 * P / n * here * learns,
-                moments=8 * P / n * here * learns, working=working * learns,
-                copy=width * P * world.sharded,
-                kv_cache=kv_bytes(c, width) * longest * cfg.group_size)
-    size = {name: x / 1e9 for name, x in size.items()}
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    layer = tokens * width * (6 * c.hidden_size + 4 * c.intermediate_size)          # activations
+    ends = 2 * c.vocab_size * c.hidden_size * world.sharded     # embedding and head, put together
+    working = max(16 * CHUNK + 2 * width * (P / L * world.sharded + ends)
+                  + (tokens * width * L * c.hidden_size + layer if cuda else L * layer),
+                  ends * (2 * width + 4 + 4 / n))               # while their gradients are reduced
+    size = {name: x / 1e9 for name, x in dict(
+        weights=4 * P / n * here, gradients=4 * P / n * here, moments=8 * P / n * here,
+        working=working, copy=width * P * world.sharded,
+        kv_cache=2 * L * c.num_key_value_heads * head * width * longest * cfg.group_size).items()}
     update = sum(size[name] for name in ("weights", "gradients", "moments", "working"))
     rollout = sum(size[name] for name in ("weights", "moments", "copy", "kv_cache"))
-    host = math.inf             # where the system does not tell
-    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    free = torch.cuda.mem_get_info()[0] / 1e9 if cuda else host / n
+    free = torch.cuda.mem_get_info()[0] / 1e9 if cuda else math.inf     # else all, if it is told
+    if not cuda and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / n / 1e9
     world.print(f"{cfg.model}: {P / 1e6:.1f}M parameters on {n} x {world.device.type}; GB each: "
                 + ", ".join(f"{name} {x:.2f}" for name, x in size.items())
-                + f" (one group); update {update:.2f}, rollout {rollout:.2f}, free {free:.2f}")
-    if cuda and (4 * P * n + 16 * P * (not here)) / 1e9 > host:
-        world.print("warning: loading, or --offload, needs more host memory than is free")
-    remedy = "use " + "more --gpus, --offload, or " * cuda + "a smaller model; smaller " \
-        "--microbatch-tokens or --max-response-tokens help a little"
-    for phase, x in (("update", update * learns), ("rollout", rollout)):
-        need(x < free, f"the {phase} needs about {x:.0f} GB of {free:.0f} GB: {remedy}")
+                + f"; update {update:.2f}, rollout {rollout:.2f}, free {free:.2f}")
+    for phase, x in (("update", update * (not cfg.eval_only)), ("rollout", rollout)):
+        need(x < free, f"the {phase} needs about {x:.0f} GB of {free:.0f}: use "
+             + "more --gpus, --offload, or " * cuda + "a smaller model; smaller --microbatch-tokens"
+             " or --max-response-tokens help a little")
 
 
 def doctor(run, problems):
     """Print what most often is wrong before a run that learns nothing: the first prompt as the
     model sees it, stop tokens, and what the verifier says of golds and of junk."""
-    p, tokenizer, config = problems[0], run.tokenizer, run.policy.lm.config
+    p, tokenizer, golds = problems[0], run.tokenizer, [p.answer for p in problems[:200]]
     longest = max(len(p.ids) for p in problems) + run.cfg.max_response_tokens
-    fits = getattr(config, "max_position_embeddings", None) or longest
+    fits = getattr(run.policy.lm.config, "max_position_embeddings", None) or longest
     need(longest <= fits, f"{run.cfg.model} reads {fits} tokens, and the longest prompt with its "
                           f"response has {longest}: lower --max-response-tokens")
-    text, bos = tokenizer.decode(p.ids), tokenizer.bos_token_id
-    golds = [p.answer[0] if isinstance(p.answer, list) else p.answer for p in problems[:200]]
-    paid = sum(is_correct(f"\\boxed{{{gold}}}", gold) for gold in golds) / len(golds)
-    junk = sum(is_correct("\\boxed{no idea}", gold) for gold in golds) / len(golds)
+    paid, junk = (sum(is_correct(f"\\boxed{{{x or (g[0] if isinstance(g, list) else g)}}}", g)
+                      for g in golds) / len(golds) for x in ("", "no idea"))
+    text, bos = tokenizer.decode(p.ids), p.ids.count(tokenizer.bos_token_id)
     run.world.print(f"first prompt: {text[:400]!r}\n  {len(p.ids)} ids, {p.ids[:8]} .. "
-                    f"{p.ids[-4:]}, BOS {p.ids.count(bos) if bos is not None else 0} times; "
-                    f"responses end with {tokenizer.convert_ids_to_tokens(run.stop_ids)}\n"
+                    f"{p.ids[-4:]}, BOS {bos} times; responses end with "
+                    f"{tokenizer.convert_ids_to_tokens(run.stop_ids)}\n"
                     f"verifier: pays {paid:.0%} of {len(golds)} gold answers, {junk:.0%} of junk")
     if "boxed" not in text and run.cfg.model != "tiny":
         run.world.print("warning: the prompt does not ask for \\boxed{}: unless the model boxes "
@@ -1702,255 +1452,85 @@ def replace_file(path, text):
     os.replace(path + ".new", path)
 
 
-def save_model(run, out):
+def save_model(run):
     """The policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
-    path, weights, lm = os.path.join(out, "model"), {}, run.policy.lm
-    every, once = (dict(lm.named_parameters(remove_duplicate=x)) for x in (False, True))
-    for name, p in lm.state_dict().items():
-        whole = run.world.whole(p)
-        if run.world.rank == 0 and (name in once or name not in every):     # tied: once
-            weights[name] = whole.cpu()
+    path, lm = f"{run.out}/model", run.policy.lm
+    weights = get_model_state_dict(lm, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True))
     if run.world.rank == 0:
-        lm.save_pretrained(path + ".new", state_dict=weights)
+        every, once = (dict(lm.named_parameters(remove_duplicate=x)) for x in (False, True))
+        lm.save_pretrained(path + ".new", state_dict={      # of tied weights, the first
+            name: w for name, w in weights.items() if name in once or name not in every})
         run.tokenizer.save_pretrained(path + ".new")
         shutil.rmtree(path, ignore_errors=True)
         os.replace(path + ".new", path)
 
 
-@contextlib.contextmanager
-def saving_model(run, out):
-    """Around the learning: what was learned is kept, whatever ends it. Where only one of several
-    processes failed, nothing can be saved: the others would wait for it."""
-    alone = run.world.size == 1
-    try:
-        yield
-    except SystemExit:                                      # refused by all of them alike
-        save_model(run, out)
-        raise
-    except KeyboardInterrupt:
-        print("\neapo: stopped at once")
-        if alone:
-            save_model(run, out)
-        raise SystemExit(130) from None
-    except BaseException:
-        if alone:
-            save_model(run, out)
-        raise
-    save_model(run, out)
-
-
-def save_checkpoint(run, optimizer, stream, step, out):
+def save_checkpoint(run, optimizer, stream, step):
     """out/checkpoint/step-N: weights and moments, each process its shards, and where the data
-    stands. Written beside and renamed; the last two are kept. Dice need no saving."""
-    folder = os.path.join(out, "checkpoint")
-    path = os.path.join(folder, f"step-{step:06}")
-    model, moments = get_state_dict(run.policy, optimizer)
-    dcp.save({"model": model, "optimizer": moments}, checkpoint_id=path + ".new")
+    stands; written beside and renamed, the last two kept. No random state: the loop's dice come
+    from seeds and numbers, the order of the problems from seed and epoch."""
+    path = f"{run.out}/checkpoint/step-{step:06}"
+    dcp.save(state(run, optimizer, stream, step), checkpoint_id=path + ".new")
     if run.world.rank == 0:
-        replace_file(os.path.join(path + ".new", "state.json"), json.dumps(
-            dict(step=step, position=stream.position, data=fingerprint(stream))))
         shutil.rmtree(path, ignore_errors=True)
         os.replace(path + ".new", path)
-        for old in sorted(x for x in os.listdir(folder) if not x.endswith(".new"))[:-2]:
-            shutil.rmtree(os.path.join(folder, old))
+        for old in sorted(glob.glob(f"{glob.escape(run.out)}/checkpoint/*[0-9]"))[:-2]:
+            shutil.rmtree(old)
     run.world.gather(None)
 
 
-def load_checkpoint(run, optimizer, stream, look):
-    """Set weights, moments, data position and the log from a run's last checkpoint -> its step."""
-    out, folder = look.out, os.path.join(look.out, "checkpoint")
-    found = sorted(x for x in os.listdir(folder) if not x.endswith(".new")) \
-        if os.path.isdir(folder) else []
-    need(found, f"{out} holds no checkpoint: it was stopped before the first --save-every")
-    path = os.path.join(folder, found[-1])
-    with open(os.path.join(path, "state.json")) as f:
-        state = json.load(f)
-    need(state["data"] == fingerprint(stream),
-         f"{run.cfg.train_data} is not the data that {out} was trained on: its problems differ")
+def state(run, optimizer, stream, step):
+    """What a checkpoint holds."""
     model, moments = get_state_dict(run.policy, optimizer)
-    saved = {"model": model, "optimizer": moments}
-    dcp.load(saved, checkpoint_id=path)
+    data = crc32(json.dumps([(p.problem, str(p.answer)) for p in stream.problems]).encode())
+    return dict(model=model, optimizer=moments, step=step, position=stream.position, data=data)
+
+
+def load_checkpoint(run, optimizer, stream):
+    """Set weights, moments, data position and logs from a run's last checkpoint -> its step."""
+    found = sorted(glob.glob(f"{glob.escape(run.out)}/checkpoint/*[0-9]"))  # none half-written
+    need(found, f"{run.out} holds no checkpoint, see --save-every: start a new run")
+    saved = state(run, optimizer, stream, 0)
+    data = saved["data"]
+    dcp.load(saved, checkpoint_id=found[-1])
+    need(saved["data"] == data, f"{run.cfg.train_data} is not the data that {run.out} was trained "
+                                "on: its problems differ")
     set_state_dict(run.policy, optimizer, model_state_dict=saved["model"],
                    optim_state_dict=saved["optimizer"])
-    stream.position = state["position"]
-    look.resume(state["step"])
-    return state["step"]
+    stream.position = saved["position"]
+    for name in ("responses.jsonl", "metrics.jsonl"):
+        with open(f"{run.out}/{name}", "a+", encoding="utf-8") as f:
+            f.seek(0)
+            run.rows = [row for row in map(json.loads, (x for x in f if x.endswith("\n")))
+                        if row["step"] <= saved["step"]]
+        run.world.gather(None)
+        if run.world.rank == 0:
+            replace_file(f"{run.out}/{name}", "".join(json.dumps(x) + "\n" for x in run.rows))
+    return saved["step"]
 
 
-def fingerprint(stream):
-    """A number that changes with the training problems and their order."""
-    return crc32(json.dumps([(p.text, str(p.answer)) for p in stream.problems]).encode())
-
-
-def open_run(cfg, world):
+def open_folder(cfg, world):
     """Make the folder of the run and write config.json into it -> path."""
     name = os.path.basename(os.path.normpath(cfg.model))
-    out = cfg.out or os.path.join("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    out = world.gather(out)[0]
-    need(cfg.resume or not os.path.exists(os.path.join(out, "metrics.jsonl")),
+    out = cfg.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = os.path.normpath(world.gather(out)[0])
+    need(cfg.resume or not os.path.exists(f"{out}/metrics.jsonl"),
          f"{out} holds the metrics of another run: choose another --out, or --resume {out}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__,
                 "python": platform.python_version()}
-    try:
+    with using(out):
         os.makedirs(out, exist_ok=True)
         if world.rank == 0:
-            replace_file(os.path.join(out, "config.json"),
+            replace_file(f"{out}/config.json",
                          json.dumps(asdict(cfg) | {"versions": versions}, indent=2))
-    except OSError as e:
-        raise SystemExit(f"eapo: cannot write to {out}: {e.strerror}; choose another --out") from e
+            open(f"{out}/responses.jsonl", "a" if cfg.resume else "w").close()
     return out
-
-
-class Look:
-    """Watches a run: a progress bar, metrics.jsonl, exams, the report, what to print at the end."""
-
-    def __init__(self, run, out, exams):
-        self.run, self.out, self.exams = run, out, exams
-        self.rows, self.before, self.after = [], None, None     # (step, {exam: Batch}): first, last
-
-    def resume(self, step):
-        """Take up metrics.jsonl and responses.jsonl where the checkpoint was written."""
-        for name in ("responses.jsonl", "metrics.jsonl"):
-            path = os.path.join(self.out, name)
-            with open(path, "a+", encoding="utf-8") as f:
-                f.seek(0)
-                whole = [json.loads(line) for line in f if line.endswith("\n")]
-            self.rows = [row for row in whole if row["step"] <= step]
-            if self.run.world.rank == 0:
-                replace_file(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def steps(self, first):
-        """first, first + 1 ... cfg.steps under a progress bar."""
-        self.bar = self.run.world.bar(range(first, self.run.cfg.steps + 1), self.run.cfg.method)
-        yield from self.bar
-
-    def due(self, step):
-        """Whether there is an exam after this step."""
-        every = self.run.cfg.eval_every
-        return every > 0 and (step % every == 0 or step == self.run.cfg.steps)
-
-    def at(self, step, metrics, exam):
-        """Log a step, and sit the exams if asked to."""
-        world = self.run.world
-        if metrics:
-            self.bar.set_postfix_str(f"reward {metrics['reward']:+.2f}, entropy "
-                                     f"{metrics['entropy']:.3f} nats, "
-                                     f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
-        if step == 1:
-            self.warn(metrics)
-        if exam:
-            found, responses, batches = sit_exams(self.run, self.exams, step)
-            metrics, self.after = metrics | found, (step, batches)
-            self.before = self.before or self.after
-            if world.rank == 0:
-                with open(os.path.join(self.out, "responses.jsonl"), "a", encoding="utf-8") as f:
-                    f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in responses)
-                replace_file(os.path.join(self.out, "eval.json"),
-                             json.dumps({"step": step, **found}, indent=2))
-        self.rows.append({"step": step, **metrics})
-        if world.rank == 0:
-            with open(os.path.join(self.out, "metrics.jsonl"), "a") as f:
-                f.write(json.dumps(self.rows[-1]) + "\n")
-
-    def warn(self, m):
-        """Say of the first step what is likely to spoil all others."""
-        if m["truncated"] > 0.5:
-            self.run.world.print(f"\nwarning: {m['truncated']:.0%} of the responses were cut at "
-                                 "--max-response-tokens: raise it, or see whether the stop tokens "
-                                 "above are the model's")
-        if m["sampler_gap"] > 0.1:
-            self.run.world.print(f"\nwarning: sampler and policy disagree by {m['sampler_gap']} "
-                                 "nats a token: what is trained is not what samples")
-
-    @torch.no_grad()
-    def write_report(self, batch, groups, histogram):
-        """report.html, with two groups of the last step under the microscope: as drawn, and as
-        likely as the update has left their tokens (rho)."""
-        cfg, G = self.run.cfg, self.run.cfg.group_size
-        kept = [k for k, (number, _) in enumerate(groups) if number is not None][:2]
-        rows = [g * G + i for g in kept for verdict in (True, False) for i in
-                [i for i in range(G) if bool(batch.right[g * G + i]) == verdict][:2]]
-        shown = batch.rows(torch.tensor(rows, dtype=torch.long, device=batch.ids.device))
-        after = replace(shown)
-        rescore(self.run, after, cfg.temperature)
-        if self.run.world.rank:
-            return
-        rho = (after.logp - shown.logp).exp()
-        clipped = surrogate(rho, shown.A, cfg.clip_low, cfg.clip_high, cfg.clip_c) != rho * shown.A
-        A = group_advantages(batch.reward, G)[rows][:, None].expand(shown.A.shape)
-        columns = [shown.quadrant, shown.logp.exp(), shown.H, A, shown.A, rho, clipped]
-        pages = {g: dict(problem=groups[g][1].text, answer=groups[g][1].answer, responses=[])
-                 for g in kept}
-        for i, row in enumerate(rows):
-            texts = [self.run.tokenizer.decode([t]) for t in shown.response(i)]
-            pages[row // G]["responses"].append(dict(
-                right=bool(shown.right[i]), reward=float(shown.reward[i]),
-                tokens=list(zip(texts, *(c[i].tolist() for c in columns)))))
-        edges = [round(0.125 * k, 3) for k in range(33)]
-        wrong, right = (h / h.sum().clamp(min=1) for h in histogram)
-        replace_file(os.path.join(self.out, "report.html"), report(
-            {os.path.basename(self.out): [self.rows]}, pages.values(),
-            (edges, right.tolist(), wrong.tolist())))
-
-    def summary(self):
-        """Print the curve, the exam results of the first and last model, and some responses."""
-        if self.run.world.rank:
-            return
-        rates = [row["solve_rate"] for row in self.rows if "solve_rate" in row]
-        print("\nsolve rate of the steps, 0 to 1:  "
-              + "".join(" ▁▂▃▄▅▆▇█"[min(8, int(9 * r))] for r in rates[-100:]))
-        if self.before and self.before is not self.after:
-            self.responses()
-        results = [row for row in self.rows if any("@" in key for key in row)]
-        if results:
-            self.table({f"step {row['step']}" if row["step"] else "base": row
-                        for row in (results[0], results[-1])})
-        print(f"\nmetrics, report.html, trained model: in {self.out}")
-
-    def table(self, results):
-        """Print {label: metrics of the exams}, a line each."""
-        k, say = self.run.cfg.eval_samples, self.run.world.print
-        say(f"\n{'':28}{f'Avg@{k}':>8}{'95% interval':>18}{f'Pass@{k}':>10}{'entropy, nats':>16}")
-        for label, m in results.items():
-            for name in self.exams:
-                x = {key.rpartition("/")[2]: value for key, value in m.items()
-                     if f"/{name}/" in key}
-                say(f"{label + ' on ' + name:28}{x[f'avg@{k}']:8.3f}{x['avg_low']:10.3f} .. "
-                    f"{x['avg_high']:.3f}{x[f'pass@{k}']:10.3f}{x['entropy']:16.3f}")
-
-    def responses(self):
-        """Print responses of the first and the last exam, the tokens coloured by quadrant."""
-        name, k = next(iter(self.exams)), self.run.cfg.eval_samples
-        problems = self.run.world.share(self.exams[name])
-        share = self.before[1][name].right.view(-1, k).float().mean(1)
-        undecided = ((share > 0) & (share < 1)).nonzero()[:3, 0].tolist()
-        if sys.stdout.isatty():
-            print("\n" + "  ".join(f"{colour}{q}\033[0m" for q, colour in QUADRANTS.items()),
-                  "  bright: at or above the mean entropy of its group")
-        for b in undecided or [0]:
-            print("\n" + problems[b].text[:300])
-            for step, batches in (self.before, self.after):
-                device = batches[name].ids.device
-                group = batches[name].rows(torch.arange(b * k, b * k + k, device=device))
-                for i in range(min(3, k)):
-                    verdict = "right" if group.right[i] else "wrong"
-                    print(f"  {f'step {step}' if step else 'base':9}{verdict}  "
-                          f"{self.paint(group, i)}")
-
-    def paint(self, group, i):
-        """Response i of a group as text; on a terminal, tokens in their quadrants' colours."""
-        q = quadrants(group.reward, group.H, group.mask, len(group.ids))[i].tolist()
-        tokens = [self.run.tokenizer.decode([t], skip_special_tokens=True)
-                  for t in group.response(i)]
-        if sys.stdout.isatty():
-            colours = ["", *QUADRANTS.values()]
-            tokens = [f"{colours[code]}{t}\033[0m" for code, t in zip(q, tokens)]
-        return "".join(tokens[:400])
 
 
 # --------------------------------------------------------------------------------------------------
 # Part 9. The report: one HTML page that works offline and runs no script. Skip on first reading.
-# PENS and MARKS: colour and dashes of a line; of a quadrant also its underline and its meaning.
+# PENS: colour and dashes of a line; MARKS: of a quadrant also its underline and its meaning.
 # --------------------------------------------------------------------------------------------------
 
 PENS = ("#8a5be0", ""), ("#2c9a4b", "7 4"), ("#d8478f", "1 4"), ("#a8743a", "9 4"), ("gray", "4")
@@ -1978,14 +1558,6 @@ def shown(text):
     return html.escape("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text))
 
 
-def ticks(low, high):
-    """Round numbers, evenly spaced, from at most low to at least high."""
-    high = high if high > low else low + 1
-    steps = (m * 10.0 ** e for e in range(-9, 9) for m in (1, 2, 5))
-    step = next(step for step in steps if high - low <= 5 * step)
-    return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
 def curve(seeds, key):
     """[(step, low, mean, high)] of a metric: over seeds, or the interval of one seed's Avg@k."""
     at, stem = {}, key.rpartition("@")[0]
@@ -2001,17 +1573,19 @@ def chart(title, lines, x_name="step", log=False):
     lines = [(name, pen, line) for name, (pen, *data) in lines.items() if (line := curve(*data))]
     if not lines:
         return ""
+    scale = lambda y: math.log10(max(y, 1e-5)) if log else y
     x, low, _, high = zip(*[point for *_, line in lines for point in line])
-    xs, ys = ticks(min(x), max(x)), ticks(-5, 0) if log else ticks(min(0, *low), max(0, *high))
-    X = lambda x: f"{50 + 280 * (x - xs[0]) / (xs[-1] - xs[0]):.1f}"
-    Y = lambda y: f"{158 - 148 * (y - ys[0]) / (ys[-1] - ys[0]):.1f}"
-    height = lambda y: Y(math.log10(max(y, 1e-5)) if log else y)
-    path = lambda pairs: "M" + "L".join(f"{X(x)},{height(y)}" for x, y in pairs)
+    left, right, bottom, top = min(x), max(x), -5 if log else min(0, *low), 0 if log else max(high)
+    right, top = (b if b > a else a + 1 for a, b in ((left, right), (bottom, top)))
+    X = lambda x: f"{50 + 280 * (x - left) / (right - left):.1f}"
+    Y = lambda y: f"{158 - 148 * (y - bottom) / (top - bottom):.1f}"
+    path = lambda pairs: "M" + "L".join(f"{X(x)},{Y(scale(y))}" for x, y in pairs)
     text = lambda x, y, anchor, s: f'<text x="{x}" y="{y}" dy="4" text-anchor="{anchor}">{s}</text>'
     svg, legend = text(330, 188, "end", x_name), ""
-    svg += "".join(text(X(x), 172, "middle", f"{x:.6g}") for x in xs)
-    svg += "".join(text(45, Y(y), "end", f"{10 ** y if log else y:.6g}")
-                   + f'<path d="M50,{Y(y)}H330" stroke="#8884"/>' for y in ys)
+    for k in range(6):
+        x, y = left + (right - left) * k / 5, bottom + (top - bottom) * k / 5
+        svg += text(X(x), 172, "middle", f"{x:.3g}") + f'<path d="M50,{Y(y)}H330" stroke="#8884"/>'
+        svg += text(45, Y(y), "end", f"{10 ** y if log else y:.2g}")
     for name, (colour, dashes, *_), line in lines:
         pen = f'stroke="{colour}" stroke-dasharray="{dashes}"'
         band = [(x, y) for x, _, _, y in line] + [(x, y) for x, y, _, _ in reversed(line)]
@@ -2023,44 +1597,42 @@ def chart(title, lines, x_name="step", log=False):
             f'{legend}</section>')
 
 
-def token(text, quadrant, p, H, A, A_CA, rho, clipped):
+def token_html(text, quadrant, p, H, A, A_CA, rho, clipped):
     """A token, shaded by entropy, underlined by quadrant, its numbers on hover, tap and focus."""
-    q, tab = list(MARKS)[quadrant - 1], 0 if quadrant in (1, 4) else -1     # Tab: to the next fork
+    q, tab = QUADRANTS[quadrant - 1], 0 if quadrant in (1, 4) else -1   # Tab: to the next fork
     return (f'<a class="{q}" tabindex="{tab}" style="--h: {.5 - math.exp(-H) / 2:.2f}" data-t="'
             f'{q}, p {p:.3f}, H {H:.3f} nats, A {A:+.3f}, A^CA {A_CA:+.3f}, rho {rho:.3f}, '
             f'{"clipped" if clipped else "not clipped"}">{shown(text) or "∅"}</a>')
 
 
-def report(runs, groups=(), histogram=None):
-    """The HTML page on runs {label: [rows of metrics.jsonl of one seed, ...]}."""
+def report(runs, responses=(), histogram=((), ())):
+    """The page on runs {label: [rows of metrics.jsonl of one seed, ...]}; responses [(title, [token
+    arguments])]; histogram, two lists of shares: tokens of wrong and of right responses by H."""
     title = "eapo: " + shown(", ".join(runs))
     page = [f"{HEAD}<title>{title}</title><h1>{title}</h1>Lines: means over seeds. Bands: lowest "
-            "to highest seed, or the 95% interval of one seed's avg@k. Numbers: first → last."]
+            "to highest seed, or the 95% interval of one seed's avg@k. Numbers: first → last."
+            "<h2>Curves</h2><div>"]
     curves = {key: f"Held out, {key.removeprefix('eval/')}" for seeds in runs.values()
               for rows in seeds for row in rows for key in row if "@" in key}
-    curves |= {"solve_rate": "Solve rate in training", "entropy": "Entropy, nats",
-               "response_length": "Response length, tokens", "information": "Ihat (14), nats"}
-    shares = {"tokens": "Share of tokens", "advantage": "Share of the sum of |A|",
-              "entropy": "Share of the sum of entropy", "drift": "Drift of H within a step, nats"}
-    page += ["<h2>Curves</h2><div>", *(chart(name, {
-        label: (pen, runs[label], key) for label, pen in zip(runs, PENS * len(runs))})
-        for key, name in curves.items())]
+    for key, name in {**curves, "solve_rate": "Solve rate in training", "entropy": "Entropy, nats",
+                      "response_length": "Response length, tokens",
+                      "information": "Ihat (14), nats"}.items():
+        page += [chart(name, {label: (pen, seeds, key) for (label, seeds), pen in
+                              zip(runs.items(), PENS * len(runs))})]
     for label, seeds in runs.items():
         page += [f"</div><h2>Quadrants, {shown(label)}</h2><div>", *(
             chart(name, {q: (pen, seeds, f"{key}/{q}") for q, pen in MARKS.items()})
-            for key, name in shares.items())]
-    rows = [dict(step=H, right=r, wrong=w) for H, r, w in zip(*histogram or ([], [], []))]
+            for key, name in (("tokens", "Share of tokens"), ("advantage", "Share of sum |A^CA|"),
+                              ("entropy", "Share of sum of H"), ("drift", "Drift of H, nats")))]
+    rows = [dict(step=k / 8, wrong=w, right=r) for k, (w, r) in enumerate(zip(*histogram))]
     page += ["</div><h2>Token microscope</h2><div>", chart("Share of tokens, log scale", {
         side: (MARKS[q], [rows], side) for side, q in (("right", "PHR"), ("wrong", "NHR"))},
         "H of the token, nats", log=True), "</div>shade: H of", *(
         f' <a style="--h: {.5 - math.exp(-H) / 2}">&nbsp;{H}&nbsp;</a>' for H in (0, .1, .7, 2)),
         " nats", *(f'<br><a class="{q}">{q}</a> {m[3]}' for q, m in MARKS.items())]
-    for group in groups:
-        page += [f"<h3>{shown(group['problem'])}</h3>right answer: {shown(group['answer'])}"]
-        for r in group["responses"]:
-            mark, tokens = "right ✓" if r["right"] else "wrong ✗", r["tokens"]
-            page += [f'<details open><summary>{mark}, {len(tokens)} tokens, reward {r["reward"]:+g}'
-                     "</summary><pre>", *(token(*t) for t in tokens), "</pre></details>"]
+    for summary, tokens in responses:
+        page += [f"<details open><summary>{shown(summary)}</summary><pre>",
+                 *(token_html(*t) for t in tokens), "</pre></details>"]
     return "".join(page)
 
 
@@ -2068,97 +1640,215 @@ def compare(folders):
     """{label: [rows of a run, ...]}: runs that differ only in seed and out share a label."""
     found, runs = {}, {}
     for folder in map(os.path.abspath, folders):
-        with reading(f"{folder} (name folders of runs)"):
+        with using(f"{folder} (name folders of runs)"):
             with open(f"{folder}/config.json") as f, open(f"{folder}/metrics.jsonl") as g:
                 found[folder] = json.load(f), [json.loads(line) for line in g]
-    fields = dict.fromkeys(name for config, _ in found.values() for name in config)
-    apart = [name for name in fields if name not in {"seed", "out", "versions", *MAY_CHANGE}
-             and len({str(config.get(name)) for config, _ in found.values()}) > 1]
+    apart = [f.name for f in fields(Config) if f.name not in {"seed", "out", *MAY_CHANGE}
+             and len({str(config.get(f.name)) for config, _ in found.values()}) > 1]
     for folder, (config, rows) in found.items():
-        label = ", ".join(f"{name} {config[name]}" for name in apart
-                          if config.get(name) not in ("", None))
+        label = ", ".join(f"{name} {config.get(name)}" for name in apart)
         runs.setdefault(label or os.path.basename([*found][0]), []).append(rows)
     return runs
 
 
+@torch.no_grad()
+def write_report(run, batch, histogram):
+    """report.html of a run, with two right and two wrong responses of a kept group of the last step
+    under the microscope: as drawn, and as likely as the update has left their tokens (rho)."""
+    cfg, kept = run.cfg, batch.kept.nonzero()[:run.cfg.group_size, 0].tolist()
+    rows = [i for verdict in (True, False)
+            for i in [i for i in kept if bool(batch.right[i]) == verdict][:2]]
+    few = batch.rows(torch.tensor(rows, dtype=torch.long, device=batch.ids.device))
+    after = replace(few)
+    rescore(run, after, cfg.temperature)
+    if run.world.rank == 0:
+        rho = (after.logp - few.logp).exp()
+        clipped = surrogate(rho, few.credit, cfg.clip_low, cfg.clip_high, cfg.clip_c) \
+            != rho * few.credit
+        A = group_advantages(batch.reward, cfg.group_size)[rows][:, None].expand(rho.shape)
+        columns = few.quadrant, few.logp.exp(), few.H, A, few.credit, rho, clipped
+        responses = []
+        for i in range(len(rows)):
+            prompt = run.tokenizer.decode(few.ids[i, :int(few.prompt_len[i])])
+            responses += [(f"{prompt} {'right ✓' if few.right[i] else 'wrong ✗'}, reward "
+                           f"{few.reward[i]:+g}", [
+                (run.tokenizer.decode([t]), *numbers) for t, *numbers in zip(
+                    few.response(i), *(c[i].tolist() for c in columns))])]
+        shares = (histogram / histogram.sum(1, keepdim=True).clamp(min=1)).tolist()
+        replace_file(f"{run.out}/report.html",
+                     report({os.path.basename(run.out): [run.rows]}, responses, shares))
+
+
 # --------------------------------------------------------------------------------------------------
-# Part 10. The loop: try, mark, compare, learn, look.
+# Part 10. The loop: try, mark, compare, learn, look; and the command line.
 # --------------------------------------------------------------------------------------------------
+
+def log(run, step, metrics):
+    """Add a step's metrics to run.rows and metrics.jsonl."""
+    run.rows.append({"step": step, **metrics})
+    if run.world.rank == 0:
+        with open(f"{run.out}/metrics.jsonl", "a") as f:
+            f.write(json.dumps(run.rows[-1]) + "\n")
+
 
 def train(cfg):
     """Warm up if asked, then RL by cfg.method. All that a run leaves is in its folder."""
     world = World(cfg)
-    out = open_run(cfg, world)
+    out = open_folder(cfg, world)
     if cfg.model != "tiny":
         plan(cfg, world)
-    run = load(cfg, world)
-    stream, exams, solutions = load_data(cfg, run.tokenizer, world)
-    look = Look(run, out, exams)
+    run = load(cfg, world, out)
+    get = partial(load_problems, tokenizer=run.tokenizer, cfg=cfg, world=world)
+    if cfg.eval_every or cfg.eval_only:
+        for source in map(str.strip, cfg.eval_data.split(",")):
+            name = os.path.basename(source)     # MATH-500 for HuggingFaceH4/MATH-500, a for a.jsonl
+            name = os.path.splitext(name)[0] if os.path.isfile(source) else name.replace(":", "-")
+            need(name not in run.exams, f"--eval-data has two sets {name}: rename a file")
+            run.exams[name] = get(source, "exam")
     if cfg.eval_only:
-        look.at(0, {}, exam=True)
-        return look.table({cfg.model: look.rows[0]})
+        doctor(run, sum(run.exams.values(), []))
+        return log(run, 0, exam(run, 0))
+    stream, done = Stream(get(cfg.train_data, "train"), cfg.seed), 0
     doctor(run, stream.problems)
-    world.print(f"this run is in {out}")
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0,
                                   fused=True)
-    done = load_checkpoint(run, optimizer, stream, look) if cfg.resume else 0
-    with world.signals(), saving_model(run, out):
-        if not cfg.resume:
-            if not imitate(run, solutions):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, world.on_signal)
+    if cfg.resume:
+        done = load_checkpoint(run, optimizer, stream)
+    else:
+        if cfg.warmup_steps:
+            imitate(run, get(cfg.warmup_data, "warmup"))
+            if world.asked_to_stop():
                 return world.print("stopped in the warm-up, which cannot be resumed")
-            look.at(0, {}, exam=look.due(0))
-        for step in look.steps(done + 1):
-            start = run.start_step()
+        log(run, 0, exam(run, 0))
+    bar = world.bar(range(done + 1, cfg.steps + 1), cfg.method)
+    for step in bar:
+        start, run.clock = time.perf_counter(), Counter()
 
-            # Try, mark: answer each problem G times; +1 if the boxed answer is right, else -1.
-            batch, groups = roll_out(run, stream)
+        # Try, mark: answer each problem G times; +1 if the boxed answer is right, else -1.
+        batch = roll_out(run, stream)
 
-            # Compare: credit each response against its group, then each token by its entropy.
-            give_credit(run, batch)                                                     # (1), (7)
+        # Compare: credit each response against its group, then each token by its entropy.
+        give_credit(run, batch)                                                         # (1), (7)
 
-            # Learn: a gradient step on the clipped loss for each mini-batch of the kept groups.
-            with run.timed("update"):
-                run.empty_sampler()
-                updates = [learn(run, optimizer, mini)                                  # (2)
-                           for mini in mini_batches(run, batch, groups)]
+        # Learn: a gradient step on the clipped loss for each mini-batch of the kept groups.
+        with run.timed("update"):
+            run.empty_sampler()
+            updates = [learn(run, optimizer, mini) for mini in mini_batches(run, batch)]    # (2)
 
-            # Look: watch the reward; the loss of a policy gradient does not measure progress.
-            metrics, histogram = measure(run, batch, groups, updates)
-            last = step == cfg.steps
-            stop = world.asked_to_stop() and not last
-            look.at(step, metrics | run.clocks(start, metrics), exam=look.due(step) and not stop)
-            if stop or cfg.save_every and (last or step % cfg.save_every == 0):
-                save_checkpoint(run, optimizer, stream, step, out)
-            if stop or last or look.due(step):
-                look.write_report(batch, groups, histogram)
-            if stop:
-                break
-    look.summary()
+        # Look: watch the reward; the loss of a policy gradient does not measure progress.
+        metrics, histogram = measure(run, batch, updates, start)
+        bar.set_postfix_str("reward {reward:+.2f}, entropy {entropy:.3f} nats, "
+                            "{tokens_per_second:.0f} tokens/s".format(**metrics), refresh=False)
+        if step == 1 and metrics["truncated"] > 0.5:
+            world.print("warning: most responses were cut at --max-response-tokens: raise it, or "
+                        "see whether the stop tokens above are the model's")
+        if step == 1 and metrics["sampler_gap"] > 0.1:
+            world.print(f"warning: sampler and policy disagree by {metrics['sampler_gap']} nats a "
+                        "token: what is trained is not what samples")
+        stop = world.asked_to_stop() and step < cfg.steps
+        last = stop or step == cfg.steps
+        due = cfg.eval_every and (step % cfg.eval_every == 0 or last) and not stop
+        log(run, step, metrics | (exam(run, step) if due else {}))
+        if stop or cfg.save_every and (last or step % cfg.save_every == 0):
+            save_checkpoint(run, optimizer, stream, step)
+        if due or last:
+            write_report(run, batch, histogram)
+        if stop:
+            break
+    save_model(run)
+    world.print(f"{'stopped, go on with --resume' if world.stop else 'metrics, model, report: in'} "
+                f"{run.out}")
+
+
+def check(c):
+    """Refuse settings that cannot work, each with its remedy."""
+    unknown = [x for x in f"{c.quadrants},{c.without}".split(",") if x and x not in QUADRANTS]
+    sizes = (c.prompts_per_step, c.prompts_per_minibatch, c.eval_samples,
+             c.max_prompt_tokens, c.max_response_tokens)
+    need(c.group_size > 1, "a group of one has no mean to beat: use --group-size 2 or more")
+    need(0 <= c.alpha < c.phi, "--alpha must lie from 0 to below --phi, or (7) could turn "
+                                     "the sign of an advantage")
+    need(not unknown, f"there is no quadrant {unknown[:1]}, only {', '.join(QUADRANTS)}")
+    need(not c.without or c.method == "eapo", "--without is for --method eapo")
+    need(min(sizes) > 0, "numbers of prompts, samples and tokens must be 1 or more")
+    need(min(c.resample, c.steps, c.warmup_steps, c.save_every, c.eval_every, c.gpus,
+             c.microbatch_tokens) >= 0, "steps, rounds and GPUs must be 0 or more")
+    need(c.temperature > 0 <= c.eval_temperature,
+         "--temperature must be above 0, --eval-temperature 0 or more")
+    need(0 < c.top_p <= 1 and 0 < c.eval_top_p <= 1, "--top-p: above 0, at most 1")
+    need(0 <= c.overlong < 1, "--overlong is a share, from 0 to below 1")
+    need(c.clip_c == 0 or c.clip_c > 1 + c.clip_high,
+         "--clip-c must lie above 1 + clip_high, outside the clip of (2), or be 0 for off")
+    need(c.warmup_data or not c.warmup_steps, "--warmup-steps needs --warmup-data")
+    return c
+
+
+MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens",
+              "sampler"}
+
+
+def parse_args(argv=None):
+    """Config from the command line: what is typed; else what the method says, else the model's
+    preset, else the default. Of a resumed run: what its config.json says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage="%(prog)s [flags]",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=32, width=100),
+        epilog="Other [defaults] with some models and methods: PRESETS, METHODS in eapo.py, part 1")
+    for f in fields(Config):
+        if f.metadata["heading"]:
+            group = parser.add_argument_group(f.metadata["heading"])
+        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
+            "type": f.type, "choices": f.metadata["choices"],
+            "metavar": None if f.metadata["choices"] else f.type.__name__.upper()}
+        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how,
+                           help=f.metadata["help"].replace("%", "%%")
+                           + f"  [{f.default}]" * (f.type is not bool and f.default != ""))
+    typed = vars(parser.parse_args(argv))
+    if "resume" in typed:
+        path = os.path.join(typed["resume"], "config.json")
+        need(os.path.isfile(path), f"{path}: no such file; --resume takes the folder of a run")
+        with open(path) as file:
+            before = json.load(file)
+        before = {f.name: before.get(f.name, f.default) for f in fields(Config)}
+        before["out"] = typed["resume"]
+        other = {k: v for k, v in typed.items() if k not in MAY_CHANGE and v != before[k]}
+        need(not other, f"{typed['resume']} ran with other settings than {other}; leave them out, "
+                        "or start a new run")
+        return check(Config(**before | typed))
+    model = typed.get("model", "tiny")
+    preset = next((PRESETS[name] for name in PRESETS
+                   if name == model or name != "tiny" and name in model), {})
+    return check(Config(**preset | METHODS[typed.get("method", "eapo")] | typed))
 
 
 def main(argv=None):
     """python eapo.py [flags]"""
-    cfg = parse_args(argv)
+    cfg, n = parse_args(argv), torch.cuda.device_count()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for known in ("`past_key_values` is deprecated", "torch.distributed is disabled"):
         warnings.filterwarnings("ignore", known)
     if cfg.compare:
-        folder = cfg.out or "runs"
-        os.makedirs(folder, exist_ok=True)
-        replace_file(os.path.join(folder, "report.html"), report(compare(cfg.compare.split(","))))
-        return print(f"eapo: {folder}/report.html")
-    n = torch.cuda.device_count()
+        path = f"{cfg.out or 'runs'}/report.html"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        replace_file(path, report(compare(cfg.compare.split(","))))
+        return print(f"eapo: {path}")
     need(cfg.gpus <= n, f"--gpus {cfg.gpus}: this machine has {n}")
-    if "RANK" not in os.environ and (cfg.gpus or n) > 1 and cfg.model != "tiny":
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                   str(cfg.gpus or n), os.path.abspath(__file__), *(argv or sys.argv[1:])]
+    n = cfg.gpus or n
+    if "RANK" not in os.environ and n > 1 and cfg.model != "tiny":
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7200")     # Ctrl-C: end the step
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // (cfg.gpus or n))))
-        os.execv(sys.executable, [sys.executable, *command])
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
+        os.execv(sys.executable, [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(n), os.path.abspath(__file__), *(sys.argv[1:] if argv is None else argv)])
     if cfg.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)        # its matrices are too small for more to help
-    train(cfg)
+    try:
+        train(cfg)
+    except KeyboardInterrupt:           # later on Ctrl-C ends a step, see on_signal
+        raise SystemExit("\neapo: stopped before the first step; nothing to save") from None
 
 
 if __name__ == "__main__":
