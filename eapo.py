@@ -377,10 +377,9 @@ def scan(text, thousands):
 def compute(symbol, *numbers):
     """The results of an operation at each point, unless they have too many digits: 9^{9^{9^9}}."""
     size = lambda x: (abs(x.numerator) + x.denominator).bit_length() if type(x) is Fraction else 1
-    points = max(map(len, numbers))
-    rows = [*zip(*(number if len(number) == points else number * points for number in numbers))]
+    grows, points = symbol in ("^", "!", r"\binom"), max(map(len, numbers))
+    rows = [*zip(*(number * (points // len(number)) for number in numbers))]
     for row in rows:
-        grows = symbol in ("^", "!", r"\binom")
         if max(size(row[0]) * abs(row[-1] if grows else 1), size(row[-1])) > MOST_BITS:
             raise ValueError("too many digits")
     return [OPERATIONS[symbol](*row) for row in rows]
@@ -581,7 +580,8 @@ def using(source):
     try:
         yield
     except (OSError, ValueError) as e:
-        raise SystemExit(f"eapo: cannot use {source}: {(str(e) or repr(e)).splitlines()[0]}") from e
+        what = " ".join((str(e) or repr(e)).split())[:300]
+        raise SystemExit(f"eapo: cannot use {source}: {what}") from e
 
 
 def read_rows(source, split):
@@ -709,22 +709,18 @@ class Batch:
 
     def response(self, i):
         """The tokens of response i, a list of ids."""
-        start = int(self.prompt_len[i])
-        return self.ids[i, start:start + int(self.response_len[i])].tolist()
+        return self.ids[i, self.prompt_len[i]:][:self.response_len[i]].tolist()
 
 
 def pack(prompts, responses, device):
-    """Lists of token ids, one pair a row -> a Batch with ids and lengths; logp and H are 0, all
+    """Lists of token ids, one pair a row -> a Batch with ids and lengths, logp and H of zeros, all
     responses ended."""
-    rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
-    ids = torch.zeros(0, 0, dtype=torch.long)
-    if rows:
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = [torch.tensor([len(x) for x in lists], dtype=torch.long, device=device)
-               for lists in (prompts, responses)]
-    batch = Batch(ids.to(device), *lengths, ended=torch.ones_like(lengths[0], dtype=torch.bool))
-    zeros = torch.zeros(batch.mask.shape, device=device)
-    return replace(batch, logp=zeros, H=zeros.clone())
+    rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)] or [torch.zeros(0)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:len(prompts)].long()
+    lengths = [torch.tensor([*map(len, x)], dtype=torch.long) for x in (prompts, responses)]
+    batch = Batch(*(x.to(device) for x in (ids, *lengths)))
+    logp, H = torch.zeros(2, *batch.mask.shape, device=device)
+    return replace(batch, logp=logp, H=H, ended=batch.response_len >= 0)
 
 
 def join(batches):
@@ -768,49 +764,44 @@ def draw(logits, u, temperature, top_p):
 def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
     """G responses to each prompt -> a Batch of N rows: decoding, written out.
 
-    Each prompt is read once and its KV cache repeated G times. Then one token at a time for all
-    rows. A row that drew a stop token is finished, the stop token belonging to it; finished rows
-    leave the batch once they are a fifth of it. Prompts are padded on the left, so that all rows
-    draw their next token in the same column. Every token is drawn by a number that depends on its
-    prompt's seed, its row and its place alone: the same dice fall on one GPU or eight, and in a run
-    that was resumed. logp and H come free from the logits that are drawn from.
+    Each prompt is read once and its KV cache repeated G times, then one token at a time is drawn
+    for all rows. A row that drew a stop token is finished, the stop token belonging to it; finished
+    rows leave the batch once they are a fifth of it. Prompts are padded on the left, so that all
+    rows draw their next token in the same column. Every token is drawn by a number that depends on
+    its prompt's seed, its row and its place alone: the same dice fall on one GPU or eight, and in a
+    resumed run. logp and H come free from the logits that are drawn from.
     """
-    device, P = lm.device, max(map(len, prompts))
+    device, P, stop = lm.device, max(map(len, prompts)), torch.tensor(stop_ids, device=lm.device)
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
     seen = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = transformers.DynamicCache(config=lm.config)
-    out = lm(ids, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-             past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_repeat_interleave(group_size)
-    logits, seen = (x.repeat_interleave(group_size, 0) for x in (out.logits[:, -1], seen))
     u = torch.cat([torch.rand(group_size, max_tokens, generator=torch.Generator().manual_seed(s))
                    for s in seeds]).to(device)                                         # (N, max)
-    tokens = torch.zeros(u.shape, dtype=torch.long, device=device)
-    logp, H = torch.zeros(2, *u.shape, device=device)
-    length, ended = torch.zeros(2, len(u), dtype=torch.long, device=device)
-    row, stop = torch.arange(len(u), device=device), torch.tensor(stop_ids, device=device)
-    writes = torch.ones_like(row, dtype=torch.bool)                                    # (rows,)
+    tokens, length = torch.zeros_like(u, dtype=torch.long), u.new_zeros(len(u), dtype=torch.long)
+    (logp, H), row = torch.zeros(2, *u.shape, device=device), torch.arange(len(u), device=device)
+    cache, writes = transformers.DynamicCache(config=lm.config), row >= 0              # (rows,)
+    new, position = ids, (seen.cumsum(1) - 1).clamp(min=0)
     for t in range(max_tokens):
+        logits = lm(new, attention_mask=seen, position_ids=position, past_key_values=cache,
+                    use_cache=True, logits_to_keep=1).logits[:, -1]                    # (rows, V)
+        if t == 0:
+            cache.batch_repeat_interleave(group_size)
+            logits, seen = (x.repeat_interleave(group_size, 0) for x in (logits, seen))
         token = draw(logits, u[row, t], temperature, top_p)                            # (rows,)
         tokens[row, t], length[row[writes]] = token, t + 1
         logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
-        done = torch.isin(token, stop)
-        ended[row[writes & done]] = 1
-        writes &= ~done
-        if not writes.any() or t + 1 == max_tokens:
+        writes = writes & ~torch.isin(token, stop)
+        if not writes.any():
             break
         if writes.sum() <= 0.8 * len(writes):       # not sooner: each time the cache is copied
-            stay = writes.nonzero()[:, 0]
-            row, token, seen, writes = row[stay], token[stay], seen[stay], writes[stay]
-            cache.batch_select_indices(stay)
-        position = seen.sum(1, keepdim=True)                                           # (rows, 1)
+            cache.batch_select_indices(writes.nonzero()[:, 0])
+            row, token, seen, writes = (x[writes] for x in (row, token, seen, writes))
+        new, position = token[:, None], seen.sum(1, keepdim=True)                      # (rows, 1)
         seen = torch.cat([seen, torch.ones_like(position)], 1)
-        logits = lm(token[:, None], attention_mask=seen, position_ids=position,
-                    past_key_values=cache, use_cache=True).logits[:, -1]               # (rows, V)
     responses = [x[:n] for x, n in zip(tokens.tolist(), length.tolist())]
     batch = pack([p for p in prompts for _ in range(group_size)], responses, device)
     logp, H = (torch.where(batch.mask, x[:, :batch.mask.shape[1]], 0) for x in (logp, H))
-    return replace(batch, logp=logp, H=H, ended=ended.bool())
+    ended = torch.isin(tokens.gather(1, length[:, None] - 1)[:, 0], stop)              # (N,)
+    return replace(batch, logp=logp, H=H, ended=ended)
 
 
 def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
@@ -938,6 +929,7 @@ class Run:
     sampler: object             # the model to sample from: the policy's, or a whole copy of it
     exams: dict = field(default_factory=dict)           # {short name: problems}
     rows: list = field(default_factory=list)            # of metrics.jsonl
+    lines: list = field(default_factory=list)           # results of exams, as printed
     clock: Counter = field(default_factory=Counter)     # of this step: seconds, peak bytes, gap
 
     @contextlib.contextmanager
@@ -1285,10 +1277,11 @@ def exam(run, step):
              "entropy": sum(row["entropy"] * row["tokens"] for row in rows) / tokens,
              "length": tokens / n, "truncated": 1 - sum(row["ended"] for row in rows) / n}
         metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in m.items()}
-        world.print(f"\n{f'step {step}' if step else 'base'} on {name}: Avg@{k} "
-                    f"{m[f'avg@{k}']:.3f}, 95% within {m['avg_low']:.3f} .. {m['avg_high']:.3f}; "
-                    f"Pass@{k} {m[f'pass@{k}']:.3f}; entropy {m['entropy']:.3f} nats; "
-                    f"truncated {m['truncated']:.1%}", *paint(run, batch))
+        run.lines += [f"{f'step {step}' if step else 'base':8} {name}: Avg@{k} "
+                      f"{m[f'avg@{k}']:.3f}, 95% interval {m['avg_low']:.3f} .. "
+                      f"{m['avg_high']:.3f}, Pass@{k} {m[f'pass@{k}']:.3f}, entropy "
+                      f"{m['entropy']:.3f} nats"]
+        world.print(f"\n{run.lines[-1]}\n  {problems[0].problem!r:.98}", *paint(run, batch))
         if world.rank == 0:
             with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -1758,6 +1751,8 @@ def train(cfg):
         if stop:
             break
     save_model(run)
+    n = len(run.exams)
+    world.print("\n", "\n".join(run.lines[:n] + run.lines[n:][-n:]), "\n")
     world.print(f"{'stopped, go on with --resume' if world.stop else 'metrics, model, report: in'} "
                 f"{run.out}")
 
@@ -1825,6 +1820,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """python eapo.py [flags]"""
+    need(sys.version_info >= (3, 11) and int(transformers.__version__.partition(".")[0]) >= 5,
+         "needs Python 3.11 or newer, and what pip install -r requirements.txt brings")
     cfg, n = parse_args(argv), torch.cuda.device_count()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
