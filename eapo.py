@@ -13,8 +13,8 @@ sure ones a little less. On top of GRPO that is two formulas, (6) and (7).
     score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)           one number a token      (6)
     A^CA_t  = A + alpha sign(A) score_t                                  replaces A in (2)       (7)
 
-Numbers but (1) are the paper's. The mean of (2) is over all response tokens of a mini-batch, as in
-the authors' code; as they print it: --loss-mean group. Deviations are of samples: n - 1. Alphabet:
+Equation numbers but (1) are the paper's. The mean of (2) is over all response tokens of a
+mini-batch, as in the authors' code; as they print it: --loss-mean group. std divides by n - 1.
 
     B prompts x G responses = N rows, the G responses to one prompt in adjacent rows
     T tokens of the longest response    V vocabulary    M tokens, flat    D size of hidden states
@@ -126,13 +126,13 @@ class Config:
     warmup_steps: int = flag(0, "optimizer steps of imitation, 16 solutions each; 0 = none")
     warmup_learning_rate: float = flag(1e-5, "rises over 20 steps, falls over the last 30%")
     steps: int = flag(220, "RL steps: sample, then learn from what was sampled", "the batch")
-    prompts_per_step: int = flag(512, "B, prompts to learn from in a step")
+    prompts_per_step: int = flag(512, "B, groups to learn from in a step; fewer if rounds run out")
     group_size: int = flag(8, "G, responses to each prompt")
     prompts_per_minibatch: int = flag(32, "at most so many prompts behind an optimizer step")
     microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and "
                                      "speed, not results; 0 = 16384 on a GPU, 2048 on a CPU")
-    resample: int = flag(2, "rounds of sampling, at most, to replace groups that are all right or "
-                            "all wrong (dynamic sampling); they are not learned from in any case")
+    resample: int = flag(2, "more rounds of sampling, at most, to replace groups all right or all "
+                            "wrong (dynamic sampling); those are never learned from")
     max_prompt_tokens: int = flag(1024, "longer prompts are left out", "sampling")
     max_response_tokens: int = flag(3072, "responses are cut after this many tokens")
     temperature: float = flag(1.0, "of training: sampling, log-probabilities, entropies")
@@ -142,7 +142,7 @@ class Config:
     method: str = flag("eapo", "the rule of credit", "credit and loss", tuple(METHODS))
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
-    quadrants: str = flag("", "of PHR,PLR,NLR,NHR: others get no credit, but count in (2)")
+    quadrants: str = flag("", "of PHR,PLR,NLR,NHR: no credit elsewhere, (2) still divides by all")
     without: str = flag("", "quadrants in which the entropy term of (7) is left out")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
@@ -179,8 +179,8 @@ def group_advantages(rewards, group_size):
     """(1)  A_i = (r_i - mean(r)) / (std(r) + 1e-6)   over the G responses to one prompt.
 
     rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
-    if it beat the other tries at its own prompt. If all G are right, or all wrong, every A is 0 and
-    nothing is learned.
+    if it beat the other tries at its own prompt. If all G earn the same +1 or -1, every A is 0:
+    nothing is to be learned, and `roll_out` leaves such groups out.
     """
     r = rewards.view(-1, group_size)                                          # (B, G)
     A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)       # (B, G)  (1)
@@ -218,12 +218,12 @@ def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
     """(7)  A^CA_t = A + alpha sign(A) score_t,   no gradient through score_t.   This is EAPO.
 
     A (N,), H (N, T), mask (N, T) -> A^CA (N, T), zero outside the mask. Read it as volume, not
-    direction. sign(A) turns the score to the side of A: a token above mu_H is praised more in a
-    right response and blamed more in a wrong one, a token below it less in both. A^CA / A stays
-    within 1 +- alpha/phi, 0.9 to 1.1 at the defaults, so that with alpha < phi no sign can turn;
-    most tokens are at one end or the other. alpha = 0 gives every token A, GRPO's advantage.
-    detach: if a gradient flowed through H, the policy could earn by changing its uncertainty
-    instead of its answers. Here H has none; other callers are protected.
+    direction. sign(A) turns the score to the side of A: a token above mu_H is praised more where A
+    is positive and blamed more where it is negative, a token below mu_H less in both. A^CA / A
+    stays within 1 +- alpha/phi, 0.9 to 1.1 at the defaults: with alpha < phi no sign can turn.
+    alpha = 0 gives every token A, GRPO's advantage. detach: if a gradient flowed through H, the
+    policy could earn by changing its uncertainty instead of its answers. The H of parts 5 and 7 has
+    no gradient anyway; detach protects other callers.
     """
     score = entropy_score(A, H, mask, group_size, phi).detach()               # (N, T)
     return (A[:, None] + alpha * A.sign()[:, None] * score) * mask            # (N, T)  (7)
@@ -260,8 +260,9 @@ def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
     """- sum over tokens of mask * surrogate (2).  (N, T) each -> scalar.
 
     With a mask of True and False it is a sum, not the mean of (2), so a batch may be cut anywhere.
-    For the mean `learn` hands in token_weights over their sum as the mask. On the first mini-batch
-    of a step rho is 1 but for rounding: the policy gradient, - sum of mask A grad log pi.
+    For the mean, `learn` passes as mask token_weights, which `descend` divides by their sum. On the
+    first mini-batch of a step rho is 1 but for rounding: the policy gradient, - sum of mask A grad
+    log pi.
     """
     rho = (logp - old_logp).exp()                                             # (N, T)
     return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
@@ -285,8 +286,8 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     entroadv    A + min(0.4 H, |A| / 2): forks gain, in wrong responses too (Cheng et al. 2025)
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
-    A token without credit stays in the denominator of (2). Your own rule: a line in `rules`, and
-    its name in METHODS, part 1.
+    A token without credit stays in the denominator of (2). Your own rule: a line in `rules`, where
+    A is (N, T) already, zero outside the mask, and its name in METHODS, part 1.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
@@ -461,7 +462,7 @@ def calculate(tokens):
 def as_intervals(tokens):
     """Inequalities in a variable as intervals: x > 3 as (3, \\infty), 1 < x \\le 2 as (1, 2]."""
     result = []
-    for comma, piece in groupby(tokens, lambda t: t == ","):
+    for _, piece in groupby(tokens, lambda t: t == ","):
         sides = [[*side] for _, side in groupby(piece, lambda t: t in (*"<≤>≥",))]
         if sides[1:2] and sides[1][0] in ">≥":                       # from low to high
             sides = [[{">": "<", "≥": "≤"}.get(t, t) for t in side] for side in sides[::-1]]
@@ -609,7 +610,7 @@ COLUMNS = {         # what a column may be called; its own name wins
     "solution": ("solution", "response", "completion")}
 
 
-def load_problems(source, split, tokenizer, cfg, world):
+def load_problems(run, source, split):
     """The problems of a data source, their prompts as tokens. split: train, exam or warmup."""
     if source == "addition":
         problems = addition(split)
@@ -627,13 +628,14 @@ def load_problems(source, split, tokenizer, cfg, world):
                  f"{source}, row {n}: {' or '.join(roles)} is empty")
         problems = [Problem(**{role: row[names[0]] for role, names in roles.items()})
                     for row in rows]
-    for p in world.bar(problems, f"tokens of {source}", 5000, leave=False):
-        p.ids = render(tokenizer, str(p.problem))
-    short = [p for p in problems if len(p.ids) <= cfg.max_prompt_tokens]
-    need(short, f"{source}: no prompt is within --max-prompt-tokens {cfg.max_prompt_tokens}")
+    for p in run.world.bar(problems, f"tokens of {source}", 5000, leave=False):
+        p.ids = render(run.tokenizer, str(p.problem))
+    limit = run.cfg.max_prompt_tokens
+    short = [p for p in problems if len(p.ids) <= limit]
+    need(short, f"{source}: no prompt is within --max-prompt-tokens {limit}")
     if len(short) < len(problems):
-        world.print(f"{source}: {len(problems) - len(short)} of {len(problems)} prompts left out, "
-                    f"longer than --max-prompt-tokens {cfg.max_prompt_tokens}")
+        run.world.print(f"{source}: {len(problems) - len(short)} of {len(problems)} prompts left "
+                        f"out, longer than --max-prompt-tokens {limit}")
     return short
 
 
@@ -768,8 +770,8 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     for all rows. A row that drew a stop token is finished, the stop token belonging to it; finished
     rows leave the batch once they are a fifth of it. Prompts are padded on the left, so that all
     rows draw their next token in the same column. Every token is drawn by a number that depends on
-    its prompt's seed, its row and its place alone: the same dice fall on one GPU or eight, and in a
-    resumed run. logp and H come free from the logits that are drawn from.
+    its prompt's seed, its row and its place alone: here (not in the engine) the same dice fall on
+    one GPU or eight, and in a resumed run. logp and H come free from the logits drawn from.
     """
     device, P, stop = lm.device, max(map(len, prompts)), torch.tensor(stop_ids, device=lm.device)
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
@@ -831,7 +833,8 @@ def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
 # token, and its optimizer step. On GPUs there is a process for each, with a shard of the fp32
 # weights and bf16 matrix products (part 8); a whole bf16 copy samples, by the engine; `rescore`
-# then takes logp and H from the policy; micro-batches are larger. `tiny` stays as on a CPU.
+# then takes logp and H from the policy; micro-batches are larger. `--model tiny` stays whole, in
+# fp32, and is sampled by the loop.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
@@ -1026,9 +1029,9 @@ def descend(run, optimizer, batch, weight, loss_of):
 
 def learn(run, optimizer, mini):
     """One optimizer step on L (2) over a mini-batch. To it entroreg adds - 0.001 mean(H) (our
-    number: the paper names none), and kl-cov the mean of |log rho| over tokens with a penalty.
+    number: the paper names none), and kl-cov the mean over all tokens of penalty * |log rho|.
 
-    -> the loss; the gradient norm; how many tokens had their gradient stopped by a clip of (2);
+    -> the loss; the gradient norm; how many tokens had their gradient stopped by `surrogate`;
     and H under the current weights minus H when sampled, summed by quadrant, (5,): what the earlier
     mini-batches of the step did to the entropy. All but the norm are this process' part.
     """
@@ -1136,9 +1139,9 @@ def roll_out(run, stream):
     """Try and mark, until prompts_per_step groups can teach something or the rounds are used up:
     a Batch of all that this process tried.
 
-    A group that is all right or all wrong has A = 0 for all its tokens: it is not kept, and other
-    problems are tried in its place (dynamic sampling). With --overlong its rewards may differ, but
-    it teaches nothing about being right, and is not kept either.
+    A group that is all right or all wrong teaches nothing about being right, and but for --overlong
+    has A = 0 for all its tokens: it is not kept, and other problems are tried in its place (dynamic
+    sampling).
     """
     cfg, G, tried, missing = run.cfg, run.cfg.group_size, [], run.cfg.prompts_per_step
     for _ in range(1 + cfg.resample):
@@ -1155,9 +1158,9 @@ def roll_out(run, stream):
 def give_credit(run, batch):
     """Set batch.credit and batch.quadrant: what each token is reinforced by, under cfg.method.
 
-    Quantiles and means are over all response tokens of the step, dropped groups too, on all GPUs.
-    kl-cov marks the 0.2% of tokens of highest (logp - mean)(A - mean), where entropy falls fastest,
-    for a penalty in the loss (Cui et al. 2025).
+    mu_H is of a group; tau, and the quantile and means of kl-cov, are over all response tokens of
+    the step, dropped groups too, on all GPUs. kl-cov marks the 0.2% of tokens of highest
+    (logp - mean)(A - mean), where entropy falls fastest, for a penalty (Cui et al. 2025).
     """
     cfg, H, mask, G = run.cfg, batch.H, batch.mask, run.cfg.group_size
     of_all = lambda x: torch.cat([part.to(H.device) for part in run.world.gather(x[mask].cpu())])
@@ -1677,45 +1680,64 @@ def write_report(run, batch, histogram):
 # --------------------------------------------------------------------------------------------------
 
 def log(run, step, metrics):
-    """Add a step's metrics to run.rows and metrics.jsonl."""
+    """Add a step to run.rows and metrics.jsonl; say of the first what may spoil all others."""
     run.rows.append({"step": step, **metrics})
     if run.world.rank == 0:
         with open(f"{run.out}/metrics.jsonl", "a") as f:
             f.write(json.dumps(run.rows[-1]) + "\n")
+    if step == 1 and metrics["truncated"] > 0.5:
+        run.world.print("warning: most responses were cut at --max-response-tokens: raise it, or "
+                        "see whether the stop tokens above are the model's")
+    if step == 1 and metrics["sampler_gap"] > 0.1:
+        run.world.print(f"warning: sampler and policy disagree by {metrics['sampler_gap']} nats a "
+                        "token: what is trained is not what samples")
 
 
-def train(cfg):
-    """Warm up if asked, then RL by cfg.method. All that a run leaves is in its folder."""
+def open_run(cfg):
+    """The Run of a Config: its folder, model and exams."""
     world = World(cfg)
     out = open_folder(cfg, world)
     if cfg.model != "tiny":
         plan(cfg, world)
     run = load(cfg, world, out)
-    get = partial(load_problems, tokenizer=run.tokenizer, cfg=cfg, world=world)
-    if cfg.eval_every or cfg.eval_only:
-        for source in map(str.strip, cfg.eval_data.split(",")):
-            name = os.path.basename(source)     # MATH-500 for HuggingFaceH4/MATH-500, a for a.jsonl
-            name = os.path.splitext(name)[0] if os.path.isfile(source) else name.replace(":", "-")
-            need(name not in run.exams, f"--eval-data has two sets {name}: rename a file")
-            run.exams[name] = get(source, "exam")
+    for source in map(str.strip, cfg.eval_data.split(",")):
+        name = os.path.basename(source)         # MATH-500 for HuggingFaceH4/MATH-500, a for a.jsonl
+        name = os.path.splitext(name)[0] if os.path.isfile(source) else name.replace(":", "-")
+        need(name not in run.exams, f"--eval-data has two sets {name}: rename a file")
+        if cfg.eval_every or cfg.eval_only:
+            run.exams[name] = load_problems(run, source, "exam")
+    return run
+
+
+def begin(run, optimizer, stream):
+    """Load the last checkpoint, or imitate and sit the first exam -> the steps already done, or
+    None if the run was stopped."""
+    doctor(run, stream.problems)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.world.on_signal)
+    if run.cfg.resume:
+        return load_checkpoint(run, optimizer, stream)
+    if run.cfg.warmup_steps:
+        imitate(run, load_problems(run, run.cfg.warmup_data, "warmup"))
+        if run.world.asked_to_stop():
+            return run.world.print("stopped in the warm-up, which cannot be resumed")
+    log(run, 0, exam(run, 0))
+    return 0
+
+
+def train(cfg):
+    """Warm up if asked, then RL by cfg.method. All that a run leaves is in its folder."""
+    run = open_run(cfg)
     if cfg.eval_only:
         doctor(run, sum(run.exams.values(), []))
         return log(run, 0, exam(run, 0))
-    stream, done = Stream(get(cfg.train_data, "train"), cfg.seed), 0
-    doctor(run, stream.problems)
+    stream = Stream(load_problems(run, cfg.train_data, "train"), cfg.seed)
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0,
                                   fused=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, world.on_signal)
-    if cfg.resume:
-        done = load_checkpoint(run, optimizer, stream)
-    else:
-        if cfg.warmup_steps:
-            imitate(run, get(cfg.warmup_data, "warmup"))
-            if world.asked_to_stop():
-                return world.print("stopped in the warm-up, which cannot be resumed")
-        log(run, 0, exam(run, 0))
-    bar = world.bar(range(done + 1, cfg.steps + 1), cfg.method)
+    done = begin(run, optimizer, stream)
+    if done is None:
+        return
+    bar = run.world.bar(range(done + 1, cfg.steps + 1), cfg.method)
     for step in bar:
         start, run.clock = time.perf_counter(), Counter()
 
@@ -1734,13 +1756,7 @@ def train(cfg):
         metrics, histogram = measure(run, batch, updates, start)
         bar.set_postfix_str("reward {reward:+.2f}, entropy {entropy:.3f} nats, "
                             "{tokens_per_second:.0f} tokens/s".format(**metrics), refresh=False)
-        if step == 1 and metrics["truncated"] > 0.5:
-            world.print("warning: most responses were cut at --max-response-tokens: raise it, or "
-                        "see whether the stop tokens above are the model's")
-        if step == 1 and metrics["sampler_gap"] > 0.1:
-            world.print(f"warning: sampler and policy disagree by {metrics['sampler_gap']} nats a "
-                        "token: what is trained is not what samples")
-        stop = world.asked_to_stop() and step < cfg.steps
+        stop = run.world.asked_to_stop() and step < cfg.steps
         last = stop or step == cfg.steps
         due = cfg.eval_every and (step % cfg.eval_every == 0 or last) and not stop
         log(run, step, metrics | (exam(run, step) if due else {}))
@@ -1752,9 +1768,8 @@ def train(cfg):
             break
     save_model(run)
     n = len(run.exams)
-    world.print("\n", "\n".join(run.lines[:n] + run.lines[n:][-n:]), "\n")
-    world.print(f"{'stopped, go on with --resume' if world.stop else 'metrics, model, report: in'} "
-                f"{run.out}")
+    run.world.print("\n", "\n".join(run.lines[:n] + run.lines[n:][-n:]), "\n")
+    run.world.print(f"{'stopped; --resume' if run.world.stop else 'all is in'} {run.out}")
 
 
 def check(c):
