@@ -1564,24 +1564,30 @@ def curve(seeds, key):
              max(map(max, found))) for step, found in sorted(at.items())]
 
 
+def ticks(low, high):
+    """Round numbers, evenly spaced, from at most low to at least high."""
+    high = high if high > low else low + 1
+    steps = (m * 10.0 ** e for e in range(-9, 9) for m in (1, 2, 5))
+    step = next(step for step in steps if high - low <= 5 * step)
+    return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
 def chart(title, lines, x_name="step", log=False):
     """A figure of lines {name: (pen, seeds, key)}; "" if there is no data."""
     lines = [(name, pen, line) for name, (pen, *data) in lines.items() if (line := curve(*data))]
     if not lines:
         return ""
-    scale = lambda y: math.log10(max(y, 1e-5)) if log else y
     x, low, _, high = zip(*[point for *_, line in lines for point in line])
-    left, right, bottom, top = min(x), max(x), -5 if log else min(0, *low), 0 if log else max(high)
-    right, top = (b if b > a else a + 1 for a, b in ((left, right), (bottom, top)))
-    X = lambda x: f"{50 + 280 * (x - left) / (right - left):.1f}"
-    Y = lambda y: f"{158 - 148 * (y - bottom) / (top - bottom):.1f}"
-    path = lambda pairs: "M" + "L".join(f"{X(x)},{Y(scale(y))}" for x, y in pairs)
+    xs, ys = ticks(min(x), max(x)), ticks(-5, 0) if log else ticks(min(0, *low), max(0, *high))
+    X = lambda x: f"{50 + 280 * (x - xs[0]) / (xs[-1] - xs[0]):.1f}"
+    Y = lambda y: f"{158 - 148 * (y - ys[0]) / (ys[-1] - ys[0]):.1f}"
+    height = lambda y: Y(math.log10(max(y, 1e-5)) if log else y)
+    path = lambda pairs: "M" + "L".join(f"{X(x)},{height(y)}" for x, y in pairs)
     text = lambda x, y, anchor, s: f'<text x="{x}" y="{y}" dy="4" text-anchor="{anchor}">{s}</text>'
     svg, legend = text(330, 188, "end", x_name), ""
-    for k in range(6):
-        x, y = left + (right - left) * k / 5, bottom + (top - bottom) * k / 5
-        svg += text(X(x), 172, "middle", f"{x:.3g}") + f'<path d="M50,{Y(y)}H330" stroke="#8884"/>'
-        svg += text(45, Y(y), "end", f"{10 ** y if log else y:.2g}")
+    svg += "".join(text(X(x), 172, "middle", f"{x:.6g}") for x in xs)
+    svg += "".join(text(45, Y(y), "end", f"{10 ** y if log else y:.6g}")
+                   + f'<path d="M50,{Y(y)}H330" stroke="#8884"/>' for y in ys)
     for name, (colour, dashes, *_), line in lines:
         pen = f'stroke="{colour}" stroke-dasharray="{dashes}"'
         band = [(x, y) for x, _, _, y in line] + [(x, y) for x, y, _, _ in reversed(line)]
@@ -1642,7 +1648,8 @@ def compare(folders):
     apart = [f.name for f in fields(Config) if f.name not in {"seed", "out", *MAY_CHANGE}
              and len({str(config.get(f.name)) for config, _ in found.values()}) > 1]
     for folder, (config, rows) in found.items():
-        label = ", ".join(f"{name} {config.get(name)}" for name in apart)
+        label = ", ".join(f"{name} {config[name]}" for name in apart
+                          if config.get(name) not in ("", None))
         runs.setdefault(label or os.path.basename([*found][0]), []).append(rows)
     return runs
 

@@ -1369,6 +1369,14 @@ def test_curve_of_one_seed_has_the_interval_and_of_several_their_range():
     assert eapo.curve([[dict(step=1, x=math.nan), dict(step=2)]], "x") == []
 
 
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 1, "0 0.2 0.4 0.6 0.8 1"), (0, 30, "0 10 20 30"), (0, 220, "0 50 100 150 200 250"),
+    (-.01, .01, "-0.01 -0.005 0 0.005 0.01"), (0, .3, "0 0.1 0.2 0.3"),
+    (7, 7, "7 7.2 7.4 7.6 7.8 8")])
+def test_ticks_are_round_and_enclose_the_data(low, high, expected):
+    assert " ".join(f"{x:.6g}" for x in eapo.ticks(low, high)) == expected
+
+
 def test_charts_without_data_are_left_out_and_a_histogram_may_have_empty_bins():
     page = eapo.report({"x": [report_rows()], "y": [[]]}, histogram=([1, 0], [.5, .5]))
     assert "Response length" not in page and "Solve rate" in page and "log scale" in page
@@ -1386,7 +1394,7 @@ def test_compare_groups_seeds_and_labels_by_what_differs(tmp_path):
     a, b = [folder(tmp_path / f"a{s}", [{"step": s}], alpha=.2, seed=s) for s in (0, 1)]
     c = folder(tmp_path / "c", [{"step": 2}], alpha=.0, seed=0, phi=1)
     assert eapo.compare([a, b + "/", a]) == {"a0": [[{"step": 0}], [{"step": 1}]]}
-    assert eapo.compare([a, b, c]) == {"alpha 0.2, phi None": [[{"step": 0}], [{"step": 1}]],
+    assert eapo.compare([a, b, c]) == {"alpha 0.2": [[{"step": 0}], [{"step": 1}]],
                                   "alpha 0.0, phi 1": [[{"step": 2}]]}
 
 
