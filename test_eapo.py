@@ -556,6 +556,12 @@ def test_a_response_depends_on_its_prompts_seed_and_not_on_its_neighbours():
     assert together.response(0) != together.response(1)
 
 
+def test_greedy_tokens_are_scored_at_temperature_one():
+    logits, tokens = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    for x, y in zip(*(eapo.log_prob_and_entropy(logits, tokens, T) for T in (0, 1.0))):
+        assert x.equal(y)
+
+
 def test_a_row_that_stops_does_not_disturb_the_others():
     """Greedy rows are independent: with and without the neighbours that stop early."""
     lm = tiny_lm(seed=3)
@@ -630,6 +636,18 @@ def test_parquet_loads_too(tmp_path):
     datasets.Dataset.from_list([{"problem": "1+1", "answer": "2"}]).to_parquet(path)
     (p,) = load_file(path, "train")
     assert (p.problem, p.answer) == ("1+1", "2") and len(p.ids) == 3
+
+
+def test_a_hub_set_gives_the_split_named_the_only_one_or_the_usual_one(monkeypatch):
+    monkeypatch.setattr(eapo.datasets, "load_dataset", lambda name, split: [name, split])
+    for parts, source, split, want in (
+            (["train"], "a/b", "exam", "train"), (["x"], "a/b", "train", "x"),
+            (["train", "test"], "a/b", "exam", "test"), (["test", "train"], "a/b", "train", "train"),
+            (["aime24", "amc"], "a/b:amc", "exam", "amc")):
+        monkeypatch.setattr(eapo.datasets, "get_dataset_split_names", lambda name: parts)
+        assert eapo.read_rows(source, split) == ["a/b", want]
+    with pytest.raises(SystemExit, match="has the splits aime24, amc: name one as a/b:aime24"):
+        eapo.read_rows("a/b", "exam")
 
 
 @pytest.mark.parametrize("text, says", [
