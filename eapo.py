@@ -261,8 +261,8 @@ def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
 
     With a mask of True and False it is a sum, not the mean of (2), so a batch may be cut anywhere.
     For the mean, `learn` passes as mask token_weights, which `descend` divides by their sum. On the
-    first mini-batch of a step rho is 1 but for rounding: the policy gradient, - sum of mask A grad
-    log pi.
+    first mini-batch of a step rho is 1 but for rounding, and the gradient is the policy gradient,
+    - sum of mask A grad log pi.
     """
     rho = (logp - old_logp).exp()                                             # (N, T)
     return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
@@ -270,7 +270,7 @@ def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
 
 def token_weights(mask, group_size, loss_mean):
     """What each token counts in (2), (N, T). "tokens": 1, the same in any response, as in DAPO and
-    verl, the framework of EAPO's authors. "group": 1 over the tokens of its group, a mean per group
+    verl, the framework of EAPO's authors. "group": 1 / (tokens of its group), a mean per group
     and then over groups, which is how the paper prints (2)."""
     tokens = mask.sum(1).view(-1, group_size).sum(1).repeat_interleave(group_size)[:, None]
     return mask / tokens if loss_mean == "group" else mask.float()
@@ -280,14 +280,14 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     """The credit of each token under a method: EAPO and those that the paper compares it with
     (appendix B.4).  A (N,), H (N, T), mask (N, T) -> (N, T), zero outside the mask.
 
-    grpo        A. So have dapo (grpo with --resample 2, which is the default of large models, and
-                --overlong 0.2), and entroreg and kl-cov, which add to the loss, see `learn`
+    grpo        A; not the textbook's: with DAPO's clips and token mean, without KL. So have dapo,
+                which is it with --overlong 0.2, and entroreg and kl-cov, which add to L in `learn`
     forking     A where H >= tau, the lowest of the highest 20% of all H, else 0 (Wang et al. 2025)
     entroadv    A + min(0.4 H, |A| / 2): forks gain, in wrong responses too (Cheng et al. 2025)
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
     A token without credit stays in the denominator of (2). Your own rule: a line in `rules`, where
-    A is (N, T) already, zero outside the mask, and its name in METHODS, part 1.
+    A is (N, T) by then, and its name in METHODS, part 1. tau is inf but for forking.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
@@ -817,7 +817,7 @@ def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_
         inputs=rows, generation_config=GenerationConfig(
             max_new_tokens=max_tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0], **how),
         continuous_batching_config=transformers.ContinuousBatchingConfig(
-            return_logprobs=True, seed=seeds[0],
+            return_logprobs=True, seed=seeds[0],        # on a CPU it would take all memory
             max_memory_percent=None if lm.device.type == "cuda" else 0.02)).values())
     if [o.prompt_ids for o in outputs] != rows or any(o.error for o in outputs):
         raise RuntimeError(f"the engine answered {len(outputs)} of {len(rows)} requests, or out of "
@@ -831,10 +831,10 @@ def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_
 
 # --------------------------------------------------------------------------------------------------
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
-# token, and its optimizer step. On GPUs there is a process for each, with a shard of the fp32
-# weights and bf16 matrix products (part 8); a whole bf16 copy samples, by the engine; `rescore`
-# then takes logp and H from the policy; micro-batches are larger. `--model tiny` stays whole, in
-# fp32, and is sampled by the loop.
+# token, and its optimizer step. On GPUs, on one too, each process has a shard of the fp32 weights
+# and multiplies in bf16 (part 8); a whole bf16 copy samples, by the engine; `rescore` then takes
+# logp and H from the policy; micro-batches are larger. `--model tiny` stays whole, in fp32, and is
+# sampled by the loop.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
@@ -1060,8 +1060,8 @@ def imitate(run, problems):
     """Warm-up: make worked solutions likelier, token by token, so that RL has something to mark.
 
     RL can only reinforce what the model already tries now and then. The loss is - mean log p over
-    the tokens of the solutions and their stop tokens, at the sampling temperature: (2) with log p
-    in the place of rho A.
+    the tokens of the solutions and their stop tokens, cut to max_response_tokens, at the sampling
+    temperature: (2) with log p in the place of rho A.
     """
     cfg, world, stream = run.cfg, run.world, Stream(problems, run.cfg.seed)
     optimizer = torch.optim.AdamW(run.policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
@@ -1095,6 +1095,7 @@ def attempt(run, numbered, what, n, temperature, top_p):
     cfg, lm, mine = run.cfg, run.fill_sampler(), run.world.share(numbered)
     engine = cfg.sampler == "engine" or cfg.sampler == "auto" and lm.device.type == "cuda"
     sample, B = (sample_engine, len(mine) or 1) if engine else (sample_loop, max(1, 512 // n))
+    # 512: rows of the loop's KV cache at a time
     seeds = [crc32(f"{cfg.seed} {what} {number}".encode()) for number, _ in mine]
     with run.timed("sample"):
         batch = join([pack([], [], lm.device)] + [
@@ -1737,14 +1738,15 @@ def train(cfg):
     run = open_run(cfg)
     if cfg.eval_only:
         doctor(run, sum(run.exams.values(), []))
-        return log(run, 0, exam(run, 0))
+        log(run, 0, exam(run, 0))
+        return run.world.print(f"all is in {run.out}")
     stream = Stream(load_problems(run, cfg.train_data, "train"), cfg.seed)
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0,
                                   fused=True)
     done = begin(run, optimizer, stream)
     if done is None:
         return
-    bar = run.world.bar(range(done + 1, cfg.steps + 1), cfg.method)
+    bar, stop = run.world.bar(range(done + 1, cfg.steps + 1), cfg.method), False
     for step in bar:
         start, run.clock = time.perf_counter(), Counter()
 
@@ -1776,7 +1778,7 @@ def train(cfg):
     save_model(run)
     n = len(run.exams)
     run.world.print("\n", "\n".join(run.lines[:n] + run.lines[n:][-n:]), "\n")
-    run.world.print(f"{'stopped; --resume' if run.world.stop else 'all is in'} {run.out}")
+    run.world.print(f"{'stopped; go on with --resume' if stop else 'all is in'} {run.out}")
 
 
 def check(c):
@@ -1785,9 +1787,9 @@ def check(c):
     sizes = (c.prompts_per_step, c.prompts_per_minibatch, c.eval_samples,
              c.max_prompt_tokens, c.max_response_tokens)
     need(c.group_size > 1, "a group of one has no mean to beat: use --group-size 2 or more")
-    need(0 <= c.alpha < c.phi, "--alpha must lie from 0 to below --phi, or (7) could turn "
-                                     "the sign of an advantage")
-    need(not unknown, f"there is no quadrant {unknown[:1]}, only {', '.join(QUADRANTS)}")
+    need(0 <= c.alpha < c.phi,
+         "--alpha must lie from 0 to below --phi, or (7) could turn the sign of an advantage")
+    need(not unknown, f"no quadrant is called {', '.join(unknown)}, only {', '.join(QUADRANTS)}")
     need(not c.without or c.method == "eapo", "--without is for --method eapo")
     need(min(sizes) > 0, "numbers of prompts, samples and tokens must be 1 or more")
     need(min(c.resample, c.steps, c.warmup_steps, c.save_every, c.eval_every, c.gpus,

@@ -280,6 +280,28 @@ def test_kl_cov_penalises_the_tokens_of_highest_covariance():
     assert batch.penalty.nonzero().tolist() == [[1, 0]]
 
 
+def test_padding_is_no_token_when_shares_of_tokens_are_taken():
+    """Of 5 + 1 + 1 + 1 tokens the top 20% are 2, not 4 of the 20 cells."""
+    run = a_run(tiny_lm(), "--method", "forking", "--group-size", 4)
+    batch = eapo.pack([[5]] * 4, [[6] * 5, [6], [6], [6]], "cpu")
+    batch.reward, batch.H = torch.tensor([1., -1, -1, -1]), torch.zeros(4, 5)
+    batch.H[0], batch.H[1:, 0] = torch.arange(1., 6), torch.tensor([.5, .6, .7])
+    eapo.give_credit(run, batch)
+    assert batch.credit.nonzero().tolist() == [[0, 3], [0, 4]]
+
+
+def test_kl_cov_takes_means_over_tokens_so_long_responses_weigh_more():
+    """5 tokens of A = 1.5 and three of -.5: mean .75. logp 0 .. -4, then -21, -20, -20: mean -8.875.
+    The highest is (-21 + 8.875) (-.5 - .75) = 15.2, before (0 + 8.875) (1.5 - .75) = 6.7."""
+    run = a_run(tiny_lm(), "--method", "kl-cov", "--group-size", 4)
+    batch = eapo.pack([[5]] * 4, [[6] * 5, [6], [6], [6]], "cpu")
+    batch.reward, batch.H = torch.tensor([1., -1, -1, -1]), torch.ones(4, 5)
+    batch.logp = torch.zeros(4, 5)
+    batch.logp[0], batch.logp[1:, 0] = -torch.arange(5.), torch.tensor([-21., -20, -20])
+    eapo.give_credit(run, batch)
+    assert batch.penalty.nonzero().tolist() == [[1, 0]]
+
+
 def test_entroreg_adds_the_mean_entropy_and_its_gradient():
     """At rho = 1 the loss is - mean(A) - beta mean(H), and d loss / d H = - beta / 20 a token."""
     run, batch = credited("entroreg")
@@ -642,7 +664,8 @@ def test_a_hub_set_gives_the_split_named_the_only_one_or_the_usual_one(monkeypat
     monkeypatch.setattr(eapo.datasets, "load_dataset", lambda name, split: [name, split])
     for parts, source, split, want in (
             (["train"], "a/b", "exam", "train"), (["x"], "a/b", "train", "x"),
-            (["train", "test"], "a/b", "exam", "test"), (["test", "train"], "a/b", "train", "train"),
+            (["train", "test"], "a/b", "exam", "test"),
+            (["test", "train"], "a/b", "train", "train"),
             (["aime24", "amc"], "a/b:amc", "exam", "amc")):
         monkeypatch.setattr(eapo.datasets, "get_dataset_split_names", lambda name: parts)
         assert eapo.read_rows(source, split) == ["a/b", want]
@@ -824,7 +847,7 @@ def test_nan_infinity_and_what_cannot_be_read_win_nothing():
 
 
 HOSTILE = ["9^{9^{9^{9^9}}}", "2^{99999999999}", "99999999999!", "9" * 10 ** 6, "{" * 10 ** 5,
-           " " * 10 ** 6 + "1",
+           " " * 5 * 10 ** 6 + "1",
            r"\boxed{" * 150000, "-" * 900, "1" + "^1" * 400, "3" + "!" * 900, "|" * 900,
            r"\sqrt" * 180, r"1\pm" * 200, ",".join("1" * 490), "1.0e999999999", r"\frac" * 150,
            "(" * 400 + "1" + ")" * 400, r"\text{1" * 140, "x_{" * 300, "x" * 1000, "\ud800",
@@ -1437,7 +1460,7 @@ def test_the_table_of_parts_in_the_readme_has_the_right_lines():
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--quadrants", "PHX"], "no quadrant .'PHX'., only PHR, PLR, NLR, NHR"),
+    (["--quadrants", "PHX"], "no quadrant is called PHX, only PHR, PLR, NLR, NHR"),
     (["--method", "grpo", "--without", "PHR"], "--without is for --method eapo"),
     (["--temperature", "0"], "--temperature must be above 0"),
     (["--resample", "-1"], "0 or more"), (["--overlong", "8"], "is a share"),
