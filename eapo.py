@@ -76,6 +76,8 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, Offl
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ PRESETS = {     # a name, or a part of one: what such a model changes
     "tiny": dict(train_data="addition", eval_data="addition", warmup_data="addition",
                  warmup_steps=1400, warmup_learning_rate=2e-3, steps=30, prompts_per_step=32,
                  prompts_per_minibatch=8, resample=0, learning_rate=1e-4, top_p=1.0,
-                 max_prompt_tokens=32, max_response_tokens=64, sampler="loop", eval_samples=8,
+                 max_prompt_tokens=32, max_response_tokens=64, eval_samples=8,
                  eval_temperature=1.0, eval_top_p=1.0, save_every=0),
     "DeepScaleR-1.5B": dict(group_size=16, prompts_per_step=64, steps=900,
                             max_prompt_tokens=2048, max_response_tokens=24576)}
@@ -137,8 +139,6 @@ class Config:
     max_response_tokens: int = flag(3072, "responses are cut after this many tokens")
     temperature: float = flag(1.0, "of training: sampling, log-probabilities, entropies")
     top_p: float = flag(0.95, "draw from the fewest tokens with this probability; 1 = from all")
-    sampler: str = flag("auto", "loop: ours; engine: transformers' continuous batching; auto: the "
-                                "engine on a GPU", choices=("auto", "loop", "engine"))
     method: str = flag("eapo", "the rule of credit", "credit and loss", tuple(METHODS))
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
@@ -762,6 +762,45 @@ def draw(logits, u, temperature, top_p):
     return (at if token is None else token.gather(-1, at))[:, 0]
 
 
+class RoomyLayer(transformers.cache_utils.DynamicLayer):
+    """One layer's KV cache: keys and values of the prompts, (B, heads, P, d), then repeated for the
+    G tries, with room for all tokens to come: else each new one would copy the whole cache."""
+    used = 0                                            # tokens
+
+    def get_seq_length(self):
+        return self.used
+
+    def make_room(self, group_size, tokens):
+        self.keys, self.values = (
+            torch.nn.functional.pad(x.repeat_interleave(group_size, 0), (0, 0, 0, tokens))
+            for x in (self.keys, self.values))
+
+    def update(self, keys, values, *args, **kwargs):
+        old, self.used = self.used, self.used + keys.shape[2]
+        if old == 0:
+            return super().update(keys, values)
+        self.keys[:, :, old:self.used], self.values[:, :, old:self.used] = keys, values
+        return self.keys[:, :, :self.used], self.values[:, :, :self.used]
+
+
+def attention_of_one_token(module, q, k, v, mask, scaling=None, **how):
+    """softmax(q k / sqrt(d)) v  for the newest token of each row; all else goes to torch's sdpa.
+
+    q (rows, heads, 1, d), k and v (rows, fewer heads, S, d): a key serves several query heads,
+    which take the place of positions here. sdpa, given a mask, would copy a key for each of them.
+    """
+    rows, heads, n, d = q.shape
+    if n > 1:
+        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **how)
+    scores = (q.view(rows, k.shape[1], -1, d) @ k.transpose(2, 3)).float() * scaling
+    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)   # (rows, .., .., S)
+    return (scores.softmax(-1).to(v.dtype) @ v).view(rows, 1, heads, d), None
+
+
+transformers.AttentionInterface.register("one token", attention_of_one_token)
+transformers.AttentionMaskInterface.register("one token", sdpa_mask)
+
+
 @torch.no_grad()
 def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
     """G responses to each prompt -> a Batch of N rows: decoding, written out.
@@ -770,8 +809,8 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     for all rows. A row that drew a stop token is finished, the stop token belonging to it; finished
     rows leave the batch once they are a fifth of it. Prompts are padded on the left, so that all
     rows draw their next token in the same column. Every token is drawn by a number that depends on
-    its prompt's seed, its row and its place alone: here (not in the engine) the same dice fall on
-    one GPU or eight, and in a resumed run. logp and H come free from the logits drawn from.
+    its prompt's seed, its row and its place alone: the same dice fall on one GPU or eight, and in a
+    resumed run. logp and H come free from the logits drawn from.
     """
     device, P, stop = lm.device, max(map(len, prompts)), torch.tensor(stop_ids, device=lm.device)
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
@@ -780,13 +819,14 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
                    for s in seeds]).to(device)                                         # (N, max)
     tokens, length = torch.zeros_like(u, dtype=torch.long), u.new_zeros(len(u), dtype=torch.long)
     (logp, H), row = torch.zeros(2, *u.shape, device=device), torch.arange(len(u), device=device)
-    cache, writes = transformers.DynamicCache(config=lm.config), row >= 0              # (rows,)
+    cache, writes = transformers.Cache(layer_class_to_replicate=RoomyLayer), row >= 0  # (rows,)
     new, position = ids, (seen.cumsum(1) - 1).clamp(min=0)
     for t in range(max_tokens):
         logits = lm(new, attention_mask=seen, position_ids=position, past_key_values=cache,
                     use_cache=True, logits_to_keep=1).logits[:, -1]                    # (rows, V)
         if t == 0:
-            cache.batch_repeat_interleave(group_size)
+            for layer in cache.layers:
+                layer.make_room(group_size, max_tokens)
             logits, seen = (x.repeat_interleave(group_size, 0) for x in (logits, seen))
         token = draw(logits, u[row, t], temperature, top_p)                            # (rows,)
         tokens[row, t], length[row[writes]] = token, t + 1
@@ -806,35 +846,21 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     return replace(batch, logp=logp, H=H, ended=ended)
 
 
-def sample_engine(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
-    """The same by transformers' continuous batching, for GPUs: a paged KV cache in which equal
-    prompts share blocks, and finished rows make room for waiting ones. It has dice of its own;
-    `rescore` adds H and sets logp. (num_return_sequences loses some in transformers 5.17.)"""
-    rows = [p for p in prompts for _ in range(group_size)]
-    how = dict(do_sample=False) if temperature == 0 else dict(
-        do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
-    outputs = list(lm.generate_batch(
-        inputs=rows, generation_config=GenerationConfig(
-            max_new_tokens=max_tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0], **how),
-        continuous_batching_config=transformers.ContinuousBatchingConfig(
-            return_logprobs=True, seed=seeds[0],        # on a CPU it would take all memory
-            max_memory_percent=None if lm.device.type == "cuda" else 0.02)).values())
-    if [o.prompt_ids for o in outputs] != rows or any(o.error for o in outputs):
-        raise RuntimeError(f"the engine answered {len(outputs)} of {len(rows)} requests, or out of "
-                           f"order, or failed: {[o.error for o in outputs][:1]}; --sampler loop")
-    batch = pack(rows, [o.generated_tokens for o in outputs], lm.device)
-    for i, o in enumerate(outputs):
-        batch.logp[i, :len(o.logprobs)] = torch.tensor(o.logprobs)
-        batch.ended[i] = o.generated_tokens[-1] in stop_ids
-    return batch
+def groups_at_once(c, width, tokens, group_size, free):
+    """How many groups to sample at a time, at most 512 rows, in 4/5 of the free bytes; and what one
+    takes: a KV cache of so many tokens a row, in numbers of `width` bytes, by a model's config c,
+    and what `draw` makes of the logits of one token, 40 bytes each as measured."""
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head * width * tokens
+    one = group_size * (cache + 40 * c.vocab_size)
+    return max(1, int(min(512 // group_size, 0.8 * free / one))), one
 
 
 # --------------------------------------------------------------------------------------------------
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
 # token, and its optimizer step. On GPUs, on one too, each process has a shard of the fp32 weights
-# and multiplies in bf16 (part 8); a whole bf16 copy samples, by the engine; `rescore` then takes
-# logp and H from the policy; micro-batches are larger. `--model tiny` stays whole, in fp32, and is
-# sampled by the loop.
+# and multiplies in bf16 (part 8); a whole bf16 copy samples; `rescore` then takes logp and H from
+# the policy; micro-batches are larger. `--model tiny` stays whole, in fp32.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
@@ -973,6 +999,8 @@ def load(cfg, world, out):
     stop_ids = [x for x in dict.fromkeys(ends) if x is not None]
     need(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
     lm.generation_config = GenerationConfig(eos_token_id=stop_ids)  # hub ones may not be savable
+    if lm.config._attn_implementation == "sdpa":
+        lm.set_attn_implementation("one token")
     lm, probe = lm.eval(), torch.tensor([stop_ids[:1] * 2])         # eval: no dropout
     with torch.no_grad():
         hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
@@ -1090,19 +1118,18 @@ def imitate(run, problems):
 
 def attempt(run, numbered, what, n, temperature, top_p):
     """n responses to each of this process' share of (number, problem) pairs, marked: a Batch with
-    `number`, `right` and `reward`, +1 or -1 (less with --overlong). The loop's dice depend on the
-    seed, on `what` (training or the exam's name) and on the number."""
+    `number`, `right` and `reward`, +1 or -1 (less with --overlong). The dice depend on the seed, on
+    `what` (training or the exam's name) and on the number."""
     cfg, lm, mine = run.cfg, run.fill_sampler(), run.world.share(numbered)
-    engine = cfg.sampler == "engine" or cfg.sampler == "auto" and lm.device.type == "cuda"
-    sample, B = (sample_engine, len(mine) or 1) if engine else (sample_loop, max(1, 512 // n))
-    # 512: rows of the loop's KV cache at a time
+    longest = max((len(p.ids) for _, p in mine), default=0) + cfg.max_response_tokens
+    B, _ = groups_at_once(lm.config, lm.dtype.itemsize, longest, n, run.world.free())
     seeds = [crc32(f"{cfg.seed} {what} {number}".encode()) for number, _ in mine]
     with run.timed("sample"):
         batch = join([pack([], [], lm.device)] + [
-            sample(lm, [p.ids for _, p in mine[i:i + B]], n, cfg.max_response_tokens, temperature,
-                   top_p, run.stop_ids, seeds[i:i + B])
+            sample_loop(lm, [p.ids for _, p in mine[i:i + B]], n, cfg.max_response_tokens,
+                        temperature, top_p, run.stop_ids, seeds[i:i + B])
             for i in run.world.bar(range(0, len(mine), B), "sampling", 5, leave=False)])
-    if engine or run.world.bf16:
+    if run.world.bf16:
         run.clock["gap"] += rescore(run, batch, temperature)
     batch.number = torch.tensor([number for number, _ in mine for _ in range(n)],
                                 dtype=torch.long, device=lm.device)
@@ -1123,10 +1150,9 @@ def texts(run, batch):
 
 @torch.no_grad()
 def rescore(run, batch, temperature):
-    """Set logp and H of a batch to those of the policy itself, where another model sampled: a bf16
-    copy, or an engine with kernels of its own, would put its rounding errors into rho. -> how far
-    the two are apart, the sum over tokens of |log pi_sampler - log pi_old| in nats (the engine's
-    pi_sampler is what top_p left of pi)."""
+    """Set logp and H of a batch to those of the policy itself: a bf16 copy of it sampled, whose
+    rounding errors would end up in rho. -> how far the two are apart, the sum over tokens of
+    |log pi_sampler - log pi_old| in nats."""
     with run.timed("score"):
         theirs, mask = batch.logp, batch.mask
         batch.logp, batch.H = torch.zeros(2, *mask.shape, device=batch.ids.device)
@@ -1366,6 +1392,15 @@ class World:
         """The part of a list that this process works on."""
         return items[self.rank::self.size]
 
+    def free(self):
+        """Bytes that this process may still fill: of its GPU; else its part of the machine's."""
+        if self.device.type == "cuda":
+            return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+                    - torch.cuda.memory_allocated())
+        if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+            return math.inf
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / self.size
+
     def print(self, *text):
         """Print once, not once a process, and above the progress bar."""
         if self.rank == 0:
@@ -1388,7 +1423,7 @@ class World:
 def plan(cfg, world):
     """Print what each process will hold in memory, in GB, and refuse what cannot fit, before any
     weight is read. The update holds weights, gradients, moments and what it works with; the
-    rollout weights, moments, a copy to sample from and the KV cache of at least one group."""
+    rollout weights, moments, a copy to sample from and the groups sampled at a time."""
     with using(cfg.model):
         c = AutoConfig.from_pretrained(cfg.model)
     with torch.device("meta"):
@@ -1397,21 +1432,19 @@ def plan(cfg, world):
     width, here = 2 if world.bf16 else 4, not (cfg.offload and cuda)
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     tokens = max(longest, cfg.microbatch_tokens or (16384 if cuda else 2048))
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     layer = tokens * width * (6 * c.hidden_size + 4 * c.intermediate_size)          # activations
     ends = 2 * c.vocab_size * c.hidden_size * world.sharded     # embedding and head, put together
     working = max(16 * CHUNK + 2 * width * (P / L * world.sharded + ends)
                   + (tokens * width * L * c.hidden_size + layer if cuda else L * layer),
                   ends * (2 * width + 4 + 4 / n))               # while their gradients are reduced
-    size = {name: x / 1e9 for name, x in dict(
-        weights=4 * P / n * here, gradients=4 * P / n * here, moments=8 * P / n * here,
-        working=working, copy=width * P * world.sharded,
-        kv_cache=2 * L * c.num_key_value_heads * head * width * longest * cfg.group_size).items()}
+    size = dict(weights=4 * P / n * here, gradients=4 * P / n * here, moments=8 * P / n * here,
+                working=working, copy=width * P * world.sharded)
+    B, one = groups_at_once(c, width, longest, cfg.group_size, world.free() - sum(
+        size[name] for name in ("weights", "moments", "copy")))
+    size["groups"] = one * min(B, -(-cfg.prompts_per_step // n))
+    size, free = {name: x / 1e9 for name, x in size.items()}, world.free() / 1e9
     update = sum(size[name] for name in ("weights", "gradients", "moments", "working"))
-    rollout = sum(size[name] for name in ("weights", "moments", "copy", "kv_cache"))
-    free = torch.cuda.mem_get_info()[0] / 1e9 if cuda else math.inf     # else all, if it is told
-    if not cuda and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / n / 1e9
+    rollout = sum(size[name] for name in ("weights", "moments", "copy", "groups"))
     world.print(f"{cfg.model}: {P / 1e6:.1f}M parameters on {n} x {world.device.type}; GB each: "
                 + ", ".join(f"{name} {x:.2f}" for name, x in size.items())
                 + f"; update {update:.2f}, rollout {rollout:.2f}, free {free:.2f}")
@@ -1804,8 +1837,7 @@ def check(c):
     return c
 
 
-MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens",
-              "sampler"}
+MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens"}
 
 
 def parse_args(argv=None):

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import safetensors.torch
@@ -291,7 +292,7 @@ def test_padding_is_no_token_when_shares_of_tokens_are_taken():
 
 
 def test_kl_cov_takes_means_over_tokens_so_long_responses_weigh_more():
-    """5 tokens of A = 1.5 and three of -.5: mean .75. logp 0 .. -4, then -21, -20, -20: mean -8.875.
+    """5 tokens of A = 1.5 and three of -.5: mean .75. logp 0 to -4, -21, -20, -20: mean -8.875.
     The highest is (-21 + 8.875) (-.5 - .75) = 15.2, before (0 + 8.875) (1.5 - .75) = 6.7."""
     run = a_run(tiny_lm(), "--method", "kl-cov", "--group-size", 4)
     batch = eapo.pack([[5]] * 4, [[6] * 5, [6], [6], [6]], "cpu")
@@ -514,37 +515,25 @@ def test_the_samplers_log_probabilities_are_those_of_the_update(temperature):
     """Left-padded prompts, a repeated cache, rows that leave early: the same numbers as one
     forward pass over the finished text."""
     lm = tiny_lm()
+    lm.set_attn_implementation("one token")
     batch = eapo.sample_loop(lm, PROMPTS, 8, 12, temperature, 1.0, [*range(1, 9)], SEEDS)
+    lm.set_attn_implementation("eager")
     logp, H = Policy(lm)(batch, temperature)
     assert 0 < int(batch.ended.sum()) < 24 and len(set(batch.response_len.tolist())) > 3
     torch.testing.assert_close(batch.logp, logp, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(batch.H, H, rtol=1e-3, atol=1e-4)
 
 
-def test_greedy_responses_of_loop_and_engine_are_those_of_generate():
+def test_greedy_responses_are_those_of_generate():
     lm, G = tiny_lm(seed=3), 2
     want = []
     for prompt in PROMPTS:
         out = lm.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
                           max_new_tokens=9, do_sample=False, eos_token_id=[1, 4])
         want += [out[0, len(prompt):].tolist()] * G
-    for sample in (eapo.sample_loop, eapo.sample_engine):
-        batch = sample(lm, PROMPTS, G, 9, 0, 1.0, [1, 4], SEEDS)
-        assert [batch.response(i) for i in range(6)] == want, sample.__name__
-        assert batch.ended.tolist() == [w[-1] in (1, 4) for w in want]
-
-
-def test_the_engine_draws_from_the_same_distribution_group_by_group():
-    """One-token responses: 3 prompts x 400 draws against softmax(logits / 0.8), no hidden top-k."""
-    lm, n = tiny_lm(seed=1), 400
-    batch = eapo.sample_engine(lm, PROMPTS, n, 1, 0.8, 1.0, [1], SEEDS)
-    for g, prompt in enumerate(PROMPTS):
-        drawn = batch.ids[g * n:(g + 1) * n, len(prompt)]
-        assert batch.ids[g * n, :len(prompt)].tolist() == prompt
-        p = (lm(torch.tensor([prompt])).logits[0, -1] / 0.8).softmax(-1)
-        seen = torch.bincount(drawn, minlength=32) / n
-        # the expected distance is at most sqrt(32 * 2 / (400 pi)) = .23
-        assert float((seen - p.detach()).abs().sum()) < 0.35
+    batch = eapo.sample_loop(lm, PROMPTS, G, 9, 0, 1.0, [1, 4], SEEDS)
+    assert [batch.response(i) for i in range(6)] == want
+    assert batch.ended.tolist() == [w[-1] in (1, 4) for w in want]
 
 
 def test_draw_follows_temperature_and_top_p():
@@ -1230,7 +1219,32 @@ def test_the_plan_counts_what_the_paper_run_holds(tmp_path, monkeypatch, capsys)
     said = capsys.readouterr().out
     assert "7615.6M parameters" in said and "weights 30.46, gradients 30.46, moments 60.92" in said
     # 2 (keys, values) x 28 layers x 4 heads x 128 x 4 bytes = 115 KB a token, 4096 tokens, 8 rows
-    assert f"kv_cache {2 * 28 * 4 * 128 * 4 * 4096 * 8 / 1e9:.2f}" in said
+    # a group; no room for more than one; logits of 8 rows
+    cache, logits = 2 * 28 * 4 * 128 * 4 * 4096 * 8, 40 * 152064 * 8
+    assert f"groups {(cache + logits) / 1e9:.2f}" in said
+
+
+def test_as_many_groups_are_sampled_at_a_time_as_memory_holds():
+    """100 numbers in the cache for each token: 2 x 1 layer x 2 heads x 25, of 2 bytes; 10 tokens, 4
+    rows: 8,000 bytes, and 4 x 40 for a vocabulary of one. 4/5 of 102,000 bytes hold ten."""
+    c = types.SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, hidden_size=100,
+                              num_attention_heads=4, vocab_size=1)
+    assert eapo.groups_at_once(c, 2, 10, 4, 102000) == (10, 8160)
+    assert eapo.groups_at_once(c, 2, 10, 4, 101900)[0] == 9
+    assert eapo.groups_at_once(c, 2, 10, 4, 10 ** 9)[0] == 128          # 512 rows
+    assert eapo.groups_at_once(c, 2, 10, 4, -1)[0] == 1 == eapo.groups_at_once(c, 2, 10, 999, 9)[0]
+
+
+def test_attention_of_one_token_is_that_of_sdpa():
+    """8 query heads on 2 key heads, rows of uneven length: as with keys repeated by hand."""
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(3, 8, 1, 5), torch.randn(2, 3, 2, 7, 5)
+    mask = torch.arange(7) >= torch.tensor([0, 2, 6])[:, None]                # left padding
+    for seen in (mask[:, None, None], None):
+        want = torch.nn.functional.scaled_dot_product_attention(
+            q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1), attn_mask=seen)
+        got, _ = eapo.attention_of_one_token(None, q, k, v, seen, scaling=5 ** -0.5)
+        torch.testing.assert_close(got, want.transpose(1, 2))
 
 
 def test_log_probabilities_entropies_and_backward_never_hold_full_logits(monkeypatch):
