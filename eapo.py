@@ -68,11 +68,9 @@ import datasets
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcs
+import torch.distributed.fsdp as fsdp
 import transformers
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_state_dict, set_state_dict)
-from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
-                                    fully_shard)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -143,7 +141,7 @@ class Config:
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
     quadrants: str = flag("", "of PHR,PLR,NLR,NHR: no credit elsewhere, (2) still divides by all")
-    without: str = flag("", "quadrants in which the entropy term of (7) is left out")
+    without: str = flag("", "quadrants that get A in the place of A^CA, (7) without its entropy term")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
     clip_c: float = flag(3.0, "where A < 0, no push beyond rho = c, see `surrogate`; 0 = off")
@@ -287,7 +285,8 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
     A token without credit stays in the denominator of (2). Your own rule: a line in `rules`, where
-    A is (N, T) by then, and its name in METHODS, part 1. tau is inf but for forking.
+    A is (N, T) by then, and its name in METHODS, part 1. For nothing but GRPO delete the `if`, and
+    `entropy_aware_advantages` and `entropy_score` with it. tau is inf but for forking.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
@@ -661,13 +660,10 @@ class Stream:
 
     def take(self, n):
         """The next n problems, each with its number in the stream."""
-        size, taken = len(self.problems), []
-        while len(taken) < n:
-            epoch, start = divmod(self.position, size)
-            order = random.Random(f"{self.seed}/{epoch}").sample(self.problems, size)
-            taken += enumerate(order[start:start + n - len(taken)], self.position)
-            self.position = taken[-1][0] + 1
-        return taken
+        start, size, self.position = self.position, len(self.problems), self.position + n
+        ordered = [p for epoch in range(start // size, -(-self.position // size))
+                   for p in random.Random(f"{self.seed}/{epoch}").sample(self.problems, size)]
+        return list(enumerate(ordered[start % size:][:n], start))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1022,11 +1018,10 @@ def micro_batches(run, batch):
     """Row indices cut so that rows * longest row <= microbatch_tokens, or one row where that alone
     is longer. Longest rows first, so that neighbours are alike and little is padding. The same
     number on every GPU: who has less to do gets empty ones."""
-    lengths, tokens = batch.prompt_len + batch.response_len, run.cfg.microbatch_tokens
-    tokens = tokens or (16384 if run.world.device.type == "cuda" else 2048)
-    order, cuts = lengths.argsort(descending=True, stable=True), []
+    lengths, cuts = batch.prompt_len + batch.response_len, []
+    order = lengths.argsort(descending=True, stable=True)
     while len(order):
-        n = max(1, tokens // int(lengths[order[0]]))
+        n = max(1, run.world.tokens // int(lengths[order[0]]))
         cuts.append(order[:n])
         order = order[n:]
     return cuts + [order[:0]] * (max(run.world.gather(len(cuts))) - len(cuts))
@@ -1122,13 +1117,13 @@ def attempt(run, numbered, what, n, temperature, top_p):
     `what` (training or the exam's name) and on the number."""
     cfg, lm, mine = run.cfg, run.fill_sampler(), run.world.share(numbered)
     longest = max((len(p.ids) for _, p in mine), default=0) + cfg.max_response_tokens
-    B, _ = groups_at_once(lm.config, lm.dtype.itemsize, longest, n, run.world.free())
+    k, _ = groups_at_once(lm.config, lm.dtype.itemsize, longest, n, run.world.free())
     seeds = [crc32(f"{cfg.seed} {what} {number}".encode()) for number, _ in mine]
     with run.timed("sample"):
         batch = join([pack([], [], lm.device)] + [
-            sample_loop(lm, [p.ids for _, p in mine[i:i + B]], n, cfg.max_response_tokens,
-                        temperature, top_p, run.stop_ids, seeds[i:i + B])
-            for i in run.world.bar(range(0, len(mine), B), "sampling", 5, leave=False)])
+            sample_loop(lm, [p.ids for _, p in mine[i:i + k]], n, cfg.max_response_tokens,
+                        temperature, top_p, run.stop_ids, seeds[i:i + k])
+            for i in run.world.bar(range(0, len(mine), k), "sampling", 5, leave=False)])
     if run.world.bf16:
         run.clock["gap"] += rescore(run, batch, temperature)
     batch.number = torch.tensor([number for number, _ in mine for _ in range(n)],
@@ -1171,14 +1166,12 @@ def roll_out(run, stream):
     sampling).
     """
     cfg, G, tried, missing = run.cfg, run.cfg.group_size, [], run.cfg.prompts_per_step
-    for _ in range(1 + cfg.resample):
+    while missing and len(tried) <= cfg.resample:
         batch = attempt(run, stream.take(missing), "train", G, cfg.temperature, cfg.top_p)
         right = batch.right.view(-1, G)
         batch.kept = (right.any(1) & ~right.all(1)).repeat_interleave(G)
-        tried.append(batch)
         missing -= sum(run.world.gather(int(batch.kept.sum()))) // G
-        if missing == 0:
-            break
+        tried.append(batch)
     return join(tried)
 
 
@@ -1200,10 +1193,9 @@ def give_credit(run, batch):
         logp, credit = batch.logp, batch.credit
         cov = (logp - of_all(logp).mean()) * (credit - of_all(credit).mean())
         batch.penalty = mask & (cov >= top(of_all(cov), 0.002))
-    within = lambda names: torch.isin(batch.quadrant, torch.tensor(
-        [code for code, q in enumerate(QUADRANTS, 1) if q in names], device=H.device))
+    within = lambda names: sum(batch.quadrant == 1 + QUADRANTS.index(q) for q in names.split(","))
     if cfg.without:
-        batch.credit = torch.where(within(cfg.without), A[:, None], batch.credit)
+        batch.credit = torch.where(within(cfg.without) > 0, A[:, None], batch.credit)
     if cfg.quadrants:
         batch.credit = batch.credit * within(cfg.quadrants)
 
@@ -1346,6 +1338,7 @@ class World:
         self.stop, self.phase, cuda = False, "start", torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda \
             else torch.device("cpu")
+        self.tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)     # of a micro-batch
         self.bf16 = cuda and cfg.model != "tiny"
         self.sharded = self.size > 1 or self.bf16
         if cuda:
@@ -1361,17 +1354,16 @@ class World:
         computed again in backward."""
         if not self.sharded:
             return policy.to(self.device)
-        cuda = self.device.type == "cuda"
+        cuda, low = self.device.type == "cuda", torch.bfloat16 if self.bf16 else None
         how = dict(mesh=dist.init_device_mesh(self.device.type, (self.size,)),
-                   mp_policy=MixedPrecisionPolicy(torch.bfloat16 if self.bf16 else None,
-                                                  torch.float32),
-                   offload_policy=CPUOffloadPolicy(pin_memory=False) if offload and cuda
-                   else OffloadPolicy())
+                   mp_policy=fsdp.MixedPrecisionPolicy(low, torch.float32))
+        if offload and cuda:
+            how["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
         for layer in policy.lm.get_decoder().layers:
             if cuda:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-            fully_shard(layer, **how)
-        return fully_shard(policy, **how)
+            fsdp.fully_shard(layer, **how)
+        return fsdp.fully_shard(policy, **how)
 
     def whole(self, x):
         """A tensor put together from its shards on every process; all must ask for it."""
@@ -1431,7 +1423,7 @@ def plan(cfg, world):
     n, cuda, L = world.size, world.device.type == "cuda", c.num_hidden_layers
     width, here = 2 if world.bf16 else 4, not (cfg.offload and cuda)
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    tokens = max(longest, cfg.microbatch_tokens or (16384 if cuda else 2048))
+    tokens = max(longest, world.tokens)
     layer = tokens * width * (6 * c.hidden_size + 4 * c.intermediate_size)          # activations
     ends = 2 * c.vocab_size * c.hidden_size * world.sharded     # embedding and head, put together
     working = max(16 * CHUNK + 2 * width * (P / L * world.sharded + ends)
@@ -1485,7 +1477,7 @@ def replace_file(path, text):
 def save_model(run):
     """The policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
     path, lm = f"{run.out}/model", run.policy.lm
-    weights = get_model_state_dict(lm, options=StateDictOptions(
+    weights = dcs.get_model_state_dict(lm, options=dcs.StateDictOptions(
         full_state_dict=True, cpu_offload=True))
     if run.world.rank == 0:
         every, once = (dict(lm.named_parameters(remove_duplicate=x)) for x in (False, True))
@@ -1512,7 +1504,7 @@ def save_checkpoint(run, optimizer, stream, step):
 
 def state(run, optimizer, stream, step):
     """What a checkpoint holds."""
-    model, moments = get_state_dict(run.policy, optimizer)
+    model, moments = dcs.get_state_dict(run.policy, optimizer)
     data = crc32(json.dumps([(p.problem, str(p.answer)) for p in stream.problems]).encode())
     return dict(model=model, optimizer=moments, step=step, position=stream.position, data=data)
 
@@ -1526,7 +1518,7 @@ def load_checkpoint(run, optimizer, stream):
     dcp.load(saved, checkpoint_id=found[-1])
     need(saved["data"] == data, f"{run.cfg.train_data} is not the data that {run.out} was trained "
                                 "on: its problems differ")
-    set_state_dict(run.policy, optimizer, model_state_dict=saved["model"],
+    dcs.set_state_dict(run.policy, optimizer, model_state_dict=saved["model"],
                    optim_state_dict=saved["optimizer"])
     stream.position = saved["position"]
     for name in ("responses.jsonl", "metrics.jsonl"):
@@ -1692,25 +1684,20 @@ def compare(folders):
 def write_report(run, batch, histogram):
     """report.html of a run, with two right and two wrong responses of a kept group of the last step
     under the microscope: as drawn, and as likely as the update has left their tokens (rho)."""
-    cfg, kept = run.cfg, batch.kept.nonzero()[:run.cfg.group_size, 0].tolist()
-    rows = [i for verdict in (True, False)
-            for i in [i for i in kept if bool(batch.right[i]) == verdict][:2]]
-    few = batch.rows(torch.tensor(rows, dtype=torch.long, device=batch.ids.device))
-    after = replace(few)
+    cfg, group = run.cfg, batch.kept.nonzero()[:run.cfg.group_size, 0]
+    rows = torch.cat([group[batch.right[group] == verdict][:2] for verdict in (True, False)])
+    few, after = batch.rows(rows), batch.rows(rows)
     rescore(run, after, cfg.temperature)
     if run.world.rank == 0:
-        rho = (after.logp - few.logp).exp()
-        clipped = surrogate(rho, few.credit, cfg.clip_low, cfg.clip_high, cfg.clip_c) \
-            != rho * few.credit
-        A = group_advantages(batch.reward, cfg.group_size)[rows][:, None].expand(rho.shape)
-        columns = few.quadrant, few.logp.exp(), few.H, A, few.credit, rho, clipped
-        responses = []
-        for i in range(len(rows)):
+        rho, credit, responses = (after.logp - few.logp).exp(), few.credit, []          # (4, T)
+        clipped = surrogate(rho, credit, cfg.clip_low, cfg.clip_high, cfg.clip_c) != rho * credit
+        A = group_advantages(batch.reward, cfg.group_size)[rows, None].expand(rho.shape)
+        columns = few.quadrant, few.logp.exp(), few.H, A, credit, rho, clipped
+        for i, numbers in enumerate(zip(*(x.tolist() for x in columns))):
             prompt = run.tokenizer.decode(few.ids[i, :int(few.prompt_len[i])])
+            tokens = [run.tokenizer.decode([t]) for t in few.response(i)]
             responses += [(f"{prompt} {'right ✓' if few.right[i] else 'wrong ✗'}, reward "
-                           f"{few.reward[i]:+g}", [
-                (run.tokenizer.decode([t]), *numbers) for t, *numbers in zip(
-                    few.response(i), *(c[i].tolist() for c in columns))])]
+                           f"{few.reward[i]:+g}", zip(tokens, *numbers))]
         shares = (histogram / histogram.sum(1, keepdim=True).clamp(min=1)).tolist()
         replace_file(f"{run.out}/report.html",
                      report({os.path.basename(run.out): [run.rows]}, responses, shares))
