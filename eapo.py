@@ -345,9 +345,10 @@ def extract_answer(response):
 def scan(text, thousands):
     """The tokens of LaTeX; mere notation leaves none, a subscript stays with its symbol: 204_5. A
     quote marks words: letters in \\text{..} and runs of over three. Other runs are products."""
-    kind = lambda c: KINDS.get(c) or object()                        # others stand alone
-    runs = ["".join(run) for _, run in groupby(text, kind)][::-1]    # the next run is the last
-    tokens, prose = [""], False
+    runs, tokens, prose, kind = [], [""], False, None
+    for c in reversed(text):                                         # the next run is the last
+        kind, after = KINDS.get(c), kind
+        runs[-1:] = [c + runs[-1]] if kind and kind == after else [*runs[-1:], c]
     while runs:
         run, last = runs.pop(), tokens[-1]
         if run == "\\" and runs:
@@ -355,7 +356,7 @@ def scan(text, thousands):
         elif run[0] in digits and last in (r"\frac", r"\sqrt", r"\binom"):
             runs += [run[1:]] * (len(run) > 1)                       # TeX takes one digit: \frac12
             run = run[0]
-        token, coming = ALIASES.get(run, run), "".join(runs[-1:])
+        token, coming = ALIASES.get(run, run), runs[-1] if runs else ""
         if token in ("_", r"\begin", r"\end"):
             group = "".join(runs.pop() for _ in runs[-3 if coming == "{" else -1:])  # 12 or {12}
             tokens[-1:] = [last + "_" + group.strip("{}")] if token == "_" else [last, token]

@@ -524,6 +524,20 @@ def test_the_samplers_log_probabilities_are_those_of_the_update(temperature):
     torch.testing.assert_close(batch.H, H, rtol=1e-3, atol=1e-4)
 
 
+def test_a_model_that_looks_back_six_tokens_samples_as_it_scores():
+    """Mistral's sliding window, shorter than the responses, with the loop's own KV cache."""
+    torch.manual_seed(0)
+    lm = transformers.MistralForCausalLM(transformers.MistralConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, sliding_window=6,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, bos_token_id=None,
+        eos_token_id=1)).eval()
+    lm.set_attn_implementation("one token")
+    batch = eapo.sample_loop(lm, PROMPTS, 4, 16, 1.0, 1.0, [1], SEEDS)
+    lm.set_attn_implementation("eager")
+    assert int(batch.response_len.max()) > 12
+    torch.testing.assert_close(batch.logp, Policy(lm)(batch, 1.0)[0], rtol=1e-3, atol=1e-4)
+
+
 def test_greedy_responses_are_those_of_generate():
     lm, G = tiny_lm(seed=3), 2
     want = []
