@@ -141,7 +141,7 @@ class Config:
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
     quadrants: str = flag("", "of PHR,PLR,NLR,NHR: no credit elsewhere, (2) still divides by all")
-    without: str = flag("", "quadrants that get A in the place of A^CA, (7) without its entropy term")
+    without: str = flag("", "quadrants that get A in the place of A^CA: no entropy term there")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
     clip_c: float = flag(3.0, "where A < 0, no push beyond rho = c, see `surrogate`; 0 = off")
@@ -178,7 +178,7 @@ def group_advantages(rewards, group_size):
 
     rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
     if it beat the other tries at its own prompt. If all G earn the same +1 or -1, every A is 0:
-    nothing is to be learned, and `roll_out` leaves such groups out.
+    nothing is to be learned. `roll_out` marks such groups, `mini_batches` leaves them out.
     """
     r = rewards.view(-1, group_size)                                          # (B, G)
     A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)       # (B, G)  (1)
@@ -278,23 +278,25 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     """The credit of each token under a method: EAPO and those that the paper compares it with
     (appendix B.4).  A (N,), H (N, T), mask (N, T) -> (N, T), zero outside the mask.
 
-    grpo        A; not the textbook's: with DAPO's clips and token mean, without KL. So have dapo,
-                which is it with --overlong 0.2, and entroreg and kl-cov, which add to L in `learn`
+    grpo        A; not the textbook's: with DAPO's clips and token mean, without KL
+    dapo        A; grpo with more rounds of sampling and --overlong 0.2, see METHODS
+    entroreg    A; grpo with a bonus for H, which `learn` adds to the loss
+    kl-cov      A; no clips but a penalty, which `learn` adds, on tokens that `give_credit` marks
     forking     A where H >= tau, the lowest of the highest 20% of all H, else 0 (Wang et al. 2025)
     entroadv    A + min(0.4 H, |A| / 2): forks gain, in wrong responses too (Cheng et al. 2025)
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
     A token without credit stays in the denominator of (2). Your own rule: a line in `rules`, where
-    A is (N, T) by then, and its name in METHODS, part 1. For nothing but GRPO delete the `if`, and
-    `entropy_aware_advantages` and `entropy_score` with it. tau is inf but for forking.
+    A is (N, T) by then, and its name in METHODS, part 1; tau it has to get from `give_credit`,
+    which makes it inf but for forking. For GRPO and nothing else, `return A[:, None] * mask`, and
+    delete `entropy_score` and `entropy_aware_advantages`.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
     A = A[:, None] * mask                                                     # (N, T)
-    rules = {"grpo": A, "dapo": A, "entroreg": A, "kl-cov": A, "forking": A * (H >= tau),
-             "w-reinforce": torch.where(A > 0, 0.1 * A, A),
+    rules = {"forking": A * (H >= tau), "w-reinforce": torch.where(A > 0, 0.1 * A, A),
              "entroadv": (A + torch.minimum(0.4 * H, A.abs() / 2)) * mask}
-    return rules[method].detach()
+    return rules.get(method, A).detach()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1278,8 +1280,8 @@ def interval(shares):
 
 def exam(run, step):
     """Avg@k, (9), the mean of c / k, and Pass@k, (8), on every exam -> metrics; also printed, and
-    in eval.json; every response goes into responses.jsonl. H is at the exam's temperature. The
-    loop's dice are the same every time, so that two sittings differ by the model alone."""
+    in eval.json; every response goes into responses.jsonl. H is at the exam's temperature (at 1 if
+    that is 0). The dice are the same every time: two sittings differ by the model alone."""
     cfg, world, metrics, k = run.cfg, run.world, {}, run.cfg.eval_samples
     for name, problems in run.exams.items():
         batch = attempt(run, list(enumerate(problems)), name, k, cfg.eval_temperature,
@@ -1358,7 +1360,7 @@ class World:
         cuda, low = self.device.type == "cuda", torch.bfloat16 if self.bf16 else None
         how = dict(mesh=dist.init_device_mesh(self.device.type, (self.size,)),
                    mp_policy=fsdp.MixedPrecisionPolicy(low, torch.float32))
-        if offload and cuda:
+        if offload:
             how["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
         for layer in policy.lm.get_decoder().layers:
             if cuda:

@@ -178,6 +178,14 @@ def test_alpha_zero_is_grpo():
     assert entropy_aware_advantages(A, H, mask, 4, 0.0, PHI).equal(A[:, None] * mask)
 
 
+def test_two_tokens_are_enough_for_a_deviation():
+    """H = 0 and 1, one token a response: deviation sqrt(((1/2)^2 + (1/2)^2) / 1) = .7071."""
+    H, mask = torch.tensor([[0.], [1.]]), torch.ones(2, 1, dtype=torch.bool)
+    mu, sigma = eapo.entropy_mean_std(H, mask, 2)
+    torch.testing.assert_close(mu, torch.full((2, 1), 0.5))
+    torch.testing.assert_close(sigma, torch.full((2, 1), 0.5 ** 0.5 + 1e-6))
+
+
 def test_padding_does_not_move_mu_or_sigma():
     """The same tokens in a wider tensor full of rubbish: the same advantages and quadrants."""
     rewards, H, mask = random_group_batch()
@@ -676,6 +684,16 @@ def test_a_hub_set_gives_the_split_named_the_only_one_or_the_usual_one(monkeypat
         eapo.read_rows("a/b", "exam")
 
 
+def test_a_prompt_as_long_as_the_limit_stays_and_a_longer_one_is_left_out(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text(
+        '{"problem": "123", "answer": "1"}\n{"problem": "1234", "answer": "1"}\n')
+    run = a_run(tiny_lm(), "--max-prompt-tokens", 3)
+    run.tokenizer = eapo.tiny_model(0)[1]
+    left = eapo.load_problems(run, str(tmp_path / "x.jsonl"), "train")
+    assert [p.problem for p in left] == ["123"]
+    assert "1 of 2 prompts left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text, says", [
     ('{"problem": "1"', "line 1: Expecting"),
     ('{"problem": "1", "answer": "1"}\n\n[1]\n', "line 3: not an object"),
@@ -1136,7 +1154,7 @@ def metrics_and_weights(folder):
 def test_two_processes_do_what_one_does(tmp_path, tied):
     """The same losses, gradient norms and metrics within 1e-5, the same weights after 3 steps
     within 1e-4. Responses are of uneven length; untied, few responses are right, so that in some
-    steps no group disagrees, and in others no group of one of the processes."""
+    steps no group disagrees, and in others no group of one of the processes; the two offload."""
     model = ["--model", "tiny"]
     if not tied:
         lm, tokenizer = eapo.tiny_model(0)
@@ -1150,7 +1168,8 @@ def test_two_processes_do_what_one_does(tmp_path, tied):
     what, steps = ("odd", 3) if tied else ("rare", 6)
     args = [[*model, *SMALL, "--steps", str(steps), "--out", str(tmp_path / name)]
             for name in ("one", "two")]
-    finished(start(what, args[0]), start(what, args[1], processes=2))
+    offload = [] if tied else ["--offload"]
+    finished(start(what, args[0]), start(what, args[1] + offload, processes=2))
     (rows, weights), (rows_2, weights_2) = (metrics_and_weights(tmp_path / x)
                                             for x in ("one", "two"))
     assert [row["step"] for row in rows] == list(range(steps + 1))
