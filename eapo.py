@@ -858,8 +858,9 @@ def groups_at_once(c, width, tokens, group_size, free):
 # --------------------------------------------------------------------------------------------------
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
 # token, and its optimizer step. On GPUs, on one too, each process has a shard of the fp32 weights
-# and multiplies in bf16 (part 8); a whole bf16 copy samples; `rescore` then takes logp and H from
-# the policy; micro-batches are larger. `--model tiny` stays whole, in fp32.
+# and multiplies in bf16 (part 8); a whole bf16 copy samples, so `rescore` takes logp and H from the
+# policy; micro-batches are larger. Several processes on CPUs do so in fp32, without `rescore`.
+# `--model tiny` on one process stays whole, in fp32.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
