@@ -16,13 +16,13 @@ sure ones a little less. On top of GRPO that is two formulas, (6) and (7).
 Equation numbers but (1) are the paper's. The mean of (2) is over all response tokens of a
 mini-batch, as in the authors' code; as they print it: --loss-mean group. std divides by n - 1.
 
-    B prompts x G responses = N rows, the G responses to one prompt in adjacent rows
+    B prompts x G responses = N rows, the G responses to one prompt, a group, in adjacent rows
     T tokens of the longest response    V vocabulary    M tokens, flat    D size of hidden states
     r      reward of a response, +1 right or -1 wrong (less with --overlong)      (N,)
     A      advantage of a response: how much better than its group, (1)           (N,)
     A^CA   advantage of a token, (7): Batch.credit under --method eapo            (N, T)
-    pi_old the policy as the step began: full vocabulary, at the sampling temperature
-    H      entropy of pi_old before it drew each token, in nats                   (N, T)
+    pi_old the policy as the step began, at the sampling temperature, before top_p cuts it
+    H      entropy of pi_old where each token was drawn, in nats                  (N, T)
     mask   True on response tokens, the stop token included                       (N, T)
     mu_H, sigma_H   mean and deviation of H over all response tokens of one group (N, 1)
     rho    pi_theta / pi_old: how much likelier the token became since sampling   (N, T)
@@ -36,8 +36,9 @@ One step of `train`, part 10, in one breath:
     look     log what happened; now and then sit an exam     measure, exam, 7
 
 Run `python eapo.py` for a tiny model that learns to carry, in minutes on a laptop; with `--model
-Qwen/Qwen2.5-Math-7B` the paper's run on all GPUs there are; with `--help` for every setting. Left
-out: a value network (a learned guess of the reward), a KL penalty to a reference, a learned reward.
+Qwen/Qwen2.5-Math-7B` the paper's run on all GPUs there are (what changes there: part 6); with
+`--help` for every setting. Left out: a value network (a learned guess of the reward), a KL penalty
+to a reference, a learned reward.
 """
 import argparse
 import cmath
@@ -87,8 +88,7 @@ from transformers.masking_utils import sdpa_mask
 QUADRANTS = ("PHR", "PLR", "NLR", "NHR")        # codes 1 to 4 of `quadrants`, part 2
 METHODS = {     # `credit_rule`, part 2, and the settings that a method brings
     "eapo": {}, "grpo": {}, "forking": {}, "entroadv": {}, "entroreg": {}, "w-reinforce": {},
-    "dapo": dict(resample=2, overlong=0.2), "kl-cov": dict(clip_low=1.0, clip_high=math.inf,
-                                                           clip_c=0.0)}
+    "dapo": dict(resample=2, overlong=0.2), "kl-cov": dict(clip_low=1, clip_high=1e9, clip_c=0)}
 PRESETS = {     # a name, or a part of one: what such a model changes
     "tiny": dict(train_data="addition", eval_data="addition", warmup_data="addition",
                  warmup_steps=1400, warmup_learning_rate=2e-3, steps=30, prompts_per_step=32,
@@ -178,11 +178,10 @@ def group_advantages(rewards, group_size):
 
     rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
     if it beat the other tries at its own prompt. If all G earn the same +1 or -1, every A is 0:
-    nothing is to be learned. `roll_out` marks such groups, `mini_batches` leaves them out.
+    nothing is to be learned, and `mini_batches` leaves such groups out.
     """
     r = rewards.view(-1, group_size)                                          # (B, G)
-    A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)       # (B, G)  (1)
-    return A.flatten()                                                        # (N,)
+    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).flatten()  # (N,)  (1)
 
 
 def entropy_mean_std(H, mask, group_size):
@@ -233,6 +232,7 @@ def quadrants(rewards, H, mask, group_size):
         1 PHR  r >= 0, H >= mu_H   right, at a fork      2 PLR  r >= 0, H <  mu_H   right, routine
         3 NLR  r <  0, H <  mu_H   wrong, routine        4 NHR  r <  0, H >= mu_H   wrong, at a fork
 
+    By r, not A: with --overlong a right response may be blamed, and stays in PHR and PLR.
     (N,), (N, T), (N, T) -> (N, T) int, 0 outside the mask. They split the response tokens, so the
     losses of the four, over one denominator, add up to the whole. In the paper the gains of
     learning live in PHR, NHR.
@@ -257,10 +257,9 @@ def surrogate(rho, A, clip_low, clip_high, clip_c):
 def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
     """- sum over tokens of mask * surrogate (2).  (N, T) each -> scalar.
 
-    With a mask of True and False it is a sum, not the mean of (2), so a batch may be cut anywhere.
-    For the mean, `learn` passes as mask token_weights, which `descend` divides by their sum. On the
-    first mini-batch of a step rho is 1 but for rounding, and the gradient is the policy gradient,
-    - sum of mask A grad log pi.
+    A sum, not the mean of (2), so that a batch may be cut anywhere. For the mean, `learn` passes as
+    mask `token_weights`, which `descend` has divided by their sum. On a step's first mini-batch rho
+    is 1 but for rounding, and the gradient is the policy gradient, - sum of mask A grad log pi.
     """
     rho = (logp - old_logp).exp()                                             # (N, T)
     return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
@@ -279,17 +278,18 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     (appendix B.4).  A (N,), H (N, T), mask (N, T) -> (N, T), zero outside the mask.
 
     grpo        A; not the textbook's: with DAPO's clips and token mean, without KL
-    dapo        A; grpo with more rounds of sampling and --overlong 0.2, see METHODS
-    entroreg    A; grpo with a bonus for H, which `learn` adds to the loss
-    kl-cov      A; no clips but a penalty, which `learn` adds, on tokens that `give_credit` marks
+    dapo        A; grpo with the settings that METHODS has for it
+    entroreg    A; grpo with a bonus for H in the loss, see `learn`
+    kl-cov      A; no clips, but a penalty in the loss on tokens that `give_credit` marks
     forking     A where H >= tau, the lowest of the highest 20% of all H, else 0 (Wang et al. 2025)
     entroadv    A + min(0.4 H, |A| / 2): forks gain, in wrong responses too (Cheng et al. 2025)
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
-    A token without credit stays in the denominator of (2). Your own rule: a line in `rules`, where
-    A is (N, T) by then, and its name in METHODS, part 1; tau it has to get from `give_credit`,
-    which makes it inf but for forking. For GRPO and nothing else, `return A[:, None] * mask`, and
-    delete `entropy_score` and `entropy_aware_advantages`.
+    A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
+    1, and a line in `rules`, where A is (N, T) by then (without the line it is GRPO); what needs a
+    quantile over the step, as tau does, is made in `give_credit`; tau is inf but for forking. For
+    GRPO and nothing else, make the body `return A[:, None] * mask`, whatever the method, and delete
+    `entropy_score` and `entropy_aware_advantages`.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
@@ -670,8 +670,8 @@ class Stream:
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 5. Rollouts. From prompts to a Batch: G responses to each, with the log-probability of every
-# token drawn and the entropy it was drawn at.
+# Part 5. Rollouts. From prompts to a Batch: G responses to each, and what pi_old says of every
+# token of them: its log-probability, and the entropy H where it was drawn.
 # --------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -808,8 +808,8 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     for all rows. A row that drew a stop token is finished, the stop token belonging to it; finished
     rows leave the batch once they are a fifth of it. Prompts are padded on the left, so that all
     rows draw their next token in the same column. Every token is drawn by a number that depends on
-    its prompt's seed, its row and its place alone: the same dice fall on one GPU or eight, and in a
-    resumed run. logp and H come free from the logits drawn from.
+    its prompt's seed, its try and its place alone: the same dice fall on one GPU or eight, and in a
+    resumed run. logp and H come free from the logits, before top_p.
     """
     device, P, stop = lm.device, max(map(len, prompts)), torch.tensor(stop_ids, device=lm.device)
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
@@ -1056,7 +1056,7 @@ def descend(run, optimizer, batch, weight, loss_of):
 
 def learn(run, optimizer, mini):
     """One optimizer step on L (2) over a mini-batch. To it entroreg adds - 0.001 mean(H) (our
-    number: the paper names none), and kl-cov the mean over all tokens of penalty * |log rho|.
+    number: the paper names none), and kl-cov mean(penalty * |log rho|), means as that of (2).
 
     -> the loss; the gradient norm; how many tokens had their gradient stopped by `surrogate`;
     and H under the current weights minus H when sampled, summed by quadrant, (5,): what the earlier
@@ -1163,11 +1163,11 @@ def rescore(run, batch, temperature):
 
 def roll_out(run, stream):
     """Try and mark, until prompts_per_step groups can teach something or the rounds are used up:
-    a Batch of all that this process tried.
+    a Batch of all that this process tried, `kept` where it can teach.
 
     A group that is all right or all wrong teaches nothing about being right, and but for --overlong
-    has A = 0 for all its tokens: it is not kept, and other problems are tried in its place (dynamic
-    sampling).
+    has A = 0 for all its tokens. While rounds are left, other problems are tried in its place
+    (dynamic sampling); learned from it is not.
     """
     cfg, G, tried, missing = run.cfg, run.cfg.group_size, [], run.cfg.prompts_per_step
     while missing and len(tried) <= cfg.resample:
