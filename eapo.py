@@ -286,17 +286,17 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
     A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
-    1, and a line in `rules`, where A is (N, T) by then (without the line it is GRPO); what needs a
+    1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO); what needs a
     quantile over the step, as tau does, is made in `give_credit`; tau is inf but for forking. For
     GRPO and nothing else, make the body `return A[:, None] * mask`, whatever the method, and delete
     `entropy_score` and `entropy_aware_advantages`.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
-    A = A[:, None] * mask                                                     # (N, T)
+    A = A[:, None]                                                            # (N, 1)
     rules = {"forking": A * (H >= tau), "w-reinforce": torch.where(A > 0, 0.1 * A, A),
-             "entroadv": (A + torch.minimum(0.4 * H, A.abs() / 2)) * mask}
-    return rules.get(method, A).detach()
+             "entroadv": A + torch.minimum(0.4 * H, A.abs() / 2)}
+    return rules.get(method, A).detach() * mask                               # (N, T)
 
 
 # --------------------------------------------------------------------------------------------------
