@@ -850,7 +850,8 @@ def groups_at_once(c, width, tokens, group_size, free):
     takes: a KV cache of so many tokens a row, in numbers of `width` bytes, by a model's config c,
     and what `draw` makes of the logits of one token, 40 bytes each as measured."""
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head * width * tokens
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    cache = 2 * c.num_hidden_layers * heads * head * width * tokens
     one = group_size * (cache + 40 * c.vocab_size)
     return max(1, int(min(512 // group_size, 0.8 * free / one))), one
 
@@ -1428,7 +1429,8 @@ def plan(cfg, world):
     width, here = 2 if world.bf16 else 4, not (cfg.offload and cuda)
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     tokens = max(longest, world.tokens)
-    layer = tokens * width * (6 * c.hidden_size + 4 * c.intermediate_size)          # activations
+    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    layer = tokens * width * (6 * c.hidden_size + 4 * inner)                        # activations
     ends = 2 * c.vocab_size * c.hidden_size * world.sharded     # embedding and head, put together
     working = max(16 * CHUNK + 2 * width * (P / L * world.sharded + ends)
                   + (tokens * width * L * c.hidden_size + layer if cuda else L * layer),

@@ -1243,6 +1243,20 @@ def test_resuming_with_other_settings_or_data_is_refused(tmp_path, two_runs):
         eapo.load_checkpoint(run, optimizer, eapo.Stream([Problem("1+2", "3")], 0))
 
 
+def test_an_architecture_with_names_of_its_own_is_planned_for_and_trained(tmp_path, monkeypatch):
+    """GPT-2's config has no intermediate_size and no num_key_value_heads."""
+    monkeypatch.setattr(eapo, "is_correct", lambda text, gold: len(text) % 2 == 1)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=18, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=None,
+        eos_token_id=1)).save_pretrained(tmp_path)
+    eapo.tiny_model(0)[1].save_pretrained(tmp_path)
+    eapo.main(["--model", str(tmp_path), "--train-data", "addition", "--eval-every", "0", "--steps",
+               "1", "--prompts-per-step", "4", "--resample", "0", "--max-response-tokens", "8",
+               "--out", str(tmp_path / "run")])
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 1 and row["grad_norm"] > 0
+
+
 def test_the_plan_counts_what_the_paper_run_holds(tmp_path, monkeypatch, capsys):
     """Qwen2.5-Math-7B has 7.6e9 parameters: 30.5 GB of weights, as much of gradients, 61 of
     moments. No machine of ours holds them: one line says so, with a remedy."""
