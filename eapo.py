@@ -202,9 +202,9 @@ def entropy_score(A, H, mask, group_size, phi):
     """(6)  score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)
 
     (N,), (N, T), (N, T) -> (N, T), meaningless outside the mask. How unusual the uncertainty of a
-    token is within its group, in standard deviations. The two-sided clip scales with |A|: as alpha
-    < phi, entropy may refine an advantage and never overwhelm it. It is what the paper calls "dual
-    clipping"; the two clips of `surrogate` are others.
+    token is within its group, in standard deviations. The two-sided clip scales with |A|: entropy
+    may refine an advantage and, with alpha < phi, as `check` demands, never overwhelm it. It is what
+    the paper calls "dual clipping"; the two clips of `surrogate` are others.
     """
     mu, sigma = entropy_mean_std(H, mask, group_size)
     bound = A.abs()[:, None] / phi                                            # (N, 1)
@@ -1150,9 +1150,9 @@ def texts(run, batch):
 
 @torch.no_grad()
 def rescore(run, batch, temperature):
-    """Set logp and H of a batch to those of the policy itself: a bf16 copy of it sampled, whose
-    rounding errors would end up in rho. -> how far the two are apart, the sum over tokens of
-    |log pi_sampler - log pi_old| in nats."""
+    """Set logp and H of a batch to those of the policy itself, so that rho compares it with itself:
+    the sampler, a bf16 copy with a KV cache, rounds otherwise. -> how far the two are apart, the
+    sum over tokens of |log pi_sampler - log pi_old| in nats."""
     with run.timed("score"):
         theirs, mask = batch.logp, batch.mask
         batch.logp, batch.H = torch.zeros(2, *mask.shape, device=batch.ids.device)
