@@ -20,7 +20,7 @@ mini-batch, as in the authors' code; as they print it: --loss-mean group. std di
     T tokens of the longest response    V vocabulary    M tokens, flat    D size of hidden states
     r      reward of a response, +1 right or -1 wrong (less with --overlong)      (N,)
     A      advantage of a response: how much better than its group, (1)           (N,)
-    A^CA   advantage of a token, (7): Batch.credit under --method eapo            (N, T)
+    A^CA   advantage of a token, (7): what --method eapo puts into Batch.credit   (N, T)
     pi_old the policy as the step began, at the sampling temperature, before top_p cuts it
     H      entropy of pi_old where each token was drawn, in nats                  (N, T)
     mask   True on response tokens, the stop token included                       (N, T)
@@ -203,8 +203,8 @@ def entropy_score(A, H, mask, group_size, phi):
 
     (N,), (N, T), (N, T) -> (N, T), meaningless outside the mask. How unusual the uncertainty of a
     token is within its group, in standard deviations. The two-sided clip scales with |A|: entropy
-    may refine an advantage and, with alpha < phi, as `check` demands, never overwhelm it. It is what
-    the paper calls "dual clipping"; the two clips of `surrogate` are others.
+    may refine an advantage and, if alpha < phi, which `check` demands, never overwhelm it. It is
+    what the paper calls "dual clipping"; the two clips of `surrogate` are others.
     """
     mu, sigma = entropy_mean_std(H, mask, group_size)
     bound = A.abs()[:, None] / phi                                            # (N, 1)
@@ -808,8 +808,8 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     for all rows. A row that drew a stop token is finished, the stop token belonging to it; finished
     rows leave the batch once they are a fifth of it. Prompts are padded on the left, so that all
     rows draw their next token in the same column. Every token is drawn by a number that depends on
-    its prompt's seed, its try and its place alone: the same dice fall on one GPU or eight, and in a
-    resumed run. logp and H come free from the logits, before top_p.
+    its prompt's seed, its try and its place alone (given G and max_tokens): the same dice fall on
+    one GPU or eight, and in a resumed run. logp and H come free from the logits, before top_p.
     """
     device, P, stop = lm.device, max(map(len, prompts)), torch.tensor(stop_ids, device=lm.device)
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
@@ -858,10 +858,11 @@ def groups_at_once(c, width, tokens, group_size, free):
 
 # --------------------------------------------------------------------------------------------------
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
-# token, and its optimizer step. On GPUs, on one too, each process has a shard of the fp32 weights
-# and multiplies in bf16 (part 8); a whole bf16 copy samples, so `rescore` takes logp and H from the
-# policy; micro-batches are larger. Several processes on CPUs do so in fp32, without `rescore`.
-# `--model tiny` on one process stays whole, in fp32.
+# token, and its optimizer step. On a CPU one process has the whole model, in fp32, and samples from
+# it; so it is with --model tiny on a GPU. Any other model on GPUs, one or many: each process has a
+# shard of the fp32 weights and multiplies in bf16 (part 8); a whole bf16 copy samples, so `rescore`
+# takes logp and H from the policy; micro-batches are larger. Several processes on CPUs: shards and
+# a copy too, all in fp32, and no `rescore`.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
