@@ -126,7 +126,7 @@ class Config:
     warmup_steps: int = flag(0, "optimizer steps of imitation, 16 solutions each; 0 = none")
     warmup_learning_rate: float = flag(1e-5, "rises over 20 steps, falls over the last 30%")
     steps: int = flag(220, "RL steps: sample, then learn from what was sampled", "the batch")
-    prompts_per_step: int = flag(512, "B, groups to learn from in a step; fewer if rounds run out")
+    prompts_per_step: int = flag(512, "groups to learn from in a step; fewer if rounds run out")
     group_size: int = flag(8, "G, responses to each prompt")
     prompts_per_minibatch: int = flag(32, "at most so many prompts behind an optimizer step")
     microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and "
@@ -288,8 +288,8 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
     1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO); what needs a
     quantile over the step, as tau does, is made in `give_credit`; tau is inf but for forking. For
-    GRPO and nothing else, make the body `return A[:, None] * mask`, whatever the method, and delete
-    `entropy_score` and `entropy_aware_advantages`.
+    GRPO and nothing else, make the body `return A[:, None] * mask`, and delete `entropy_score`,
+    `entropy_aware_advantages`, and what entroreg and kl-cov add in `learn`.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
@@ -676,7 +676,7 @@ class Stream:
 
 @dataclass
 class Batch:
-    """N = B*G responses, the G responses to one prompt in adjacent rows.
+    """N responses, the G responses to one prompt in adjacent rows.
 
     Rows are right-padded: prompt, response, zeros. Masks come from the lengths and never from
     token values, so it does not matter that many models pad with their stop token.
@@ -932,8 +932,8 @@ class Policy(torch.nn.Module):
 
 
 def tiny_model(seed):
-    """A Llama of 0.4M parameters with random weights, and a tokenizer of single characters: GPT-2's
-    without a merge ("Ġ" is its space). The chat template makes a prompt the bare problem."""
+    """A Llama of 0.4M parameters with random weights, and a tokenizer of characters and \\boxed{:
+    GPT-2's without a merge ("Ġ" is its space). Its chat template makes a prompt the bare problem."""
     pieces = ["<pad>", "<eos>", "<unk>", *"0123456789+=Ġ}", "\\boxed{"]
     tokenizer = transformers.GPT2Tokenizer(
         vocab={piece: n for n, piece in enumerate(pieces)}, merges=[], bos_token=None,
