@@ -933,7 +933,7 @@ class Policy(torch.nn.Module):
 
 def tiny_model(seed):
     """A Llama of 0.4M parameters with random weights, and a tokenizer of characters and \\boxed{:
-    GPT-2's without a merge ("Ġ" is its space). Its chat template makes a prompt the bare problem."""
+    GPT-2's without a merge ("Ġ" is its space). By its chat template a problem is the prompt."""
     pieces = ["<pad>", "<eos>", "<unk>", *"0123456789+=Ġ}", "\\boxed{"]
     tokenizer = transformers.GPT2Tokenizer(
         vocab={piece: n for n, piece in enumerate(pieces)}, merges=[], bos_token=None,
