@@ -286,10 +286,10 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
     A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
-    1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO); what needs a
-    quantile over the step, as tau does, is made in `give_credit`; tau is inf but for forking. For
-    GRPO and nothing else, make the body `return A[:, None] * mask`, and delete `entropy_score`,
-    `entropy_aware_advantages`, and what entroreg and kl-cov add in `learn`.
+    1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO). What needs a
+    quantile over the step is made in `give_credit` and handed in, as tau, which is inf but for
+    forking. For GRPO and nothing else, make the body `return A[:, None] * mask`, --method grpo the
+    default, and delete the other methods, `entropy_score` and `entropy_aware_advantages`.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
@@ -859,10 +859,10 @@ def groups_at_once(c, width, tokens, group_size, free):
 # --------------------------------------------------------------------------------------------------
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
 # token, and its optimizer step. On a CPU one process has the whole model, in fp32, and samples from
-# it; so it is with --model tiny on a GPU. Any other model on GPUs, one or many: each process has a
-# shard of the fp32 weights and multiplies in bf16 (part 8); a whole bf16 copy samples, so `rescore`
-# takes logp and H from the policy; micro-batches are larger. Several processes on CPUs: shards and
-# a copy too, all in fp32, and no `rescore`.
+# it; --model tiny does so on a GPU too, in larger micro-batches. Any other model on GPUs, one or
+# many: each process has a shard of the fp32 weights and multiplies in bf16 (part 8); a whole bf16
+# copy samples, so `rescore` takes logp and H from the policy; micro-batches are larger. Several
+# processes on CPUs: shards and a copy too, all in fp32, and no `rescore`.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
