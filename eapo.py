@@ -1891,7 +1891,7 @@ def main(argv=None):
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
             str(n), os.path.abspath(__file__), *(sys.argv[1:] if argv is None else argv)])
     if cfg.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)        # its matrices are too small for more to help
+        torch.set_num_threads(min(2, os.cpu_count()))       # its matrices are too small for more
     try:
         train(cfg)
     except KeyboardInterrupt:           # later on Ctrl-C ends a step, see on_signal
