@@ -288,8 +288,8 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
     1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO). What needs a
     quantile over the step is made in `give_credit` and handed in, as tau, which is inf but for
-    forking. For GRPO and nothing else, make the body `return A[:, None] * mask`, --method grpo the
-    default, and delete the other methods, `entropy_score` and `entropy_aware_advantages`.
+    forking. All of EAPO is the `if` below, `entropy_aware_advantages` and `entropy_score`: delete
+    them, make grpo the default of --method, and --alpha, --phi and --without are idle.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
