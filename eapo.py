@@ -796,7 +796,7 @@ def attention_of_one_token(module, q, k, v, mask, scaling=None, **how):
     return (scores.softmax(-1).to(v.dtype) @ v).view(rows, 1, heads, d), None
 
 
-transformers.AttentionInterface.register("one token", attention_of_one_token)
+transformers.AttentionInterface.register("one token", attention_of_one_token)       # see `load`
 transformers.AttentionMaskInterface.register("one token", sdpa_mask)
 
 
@@ -1199,7 +1199,8 @@ def give_credit(run, batch):
         logp, credit = batch.logp, batch.credit
         cov = (logp - of_all(logp).mean()) * (credit - of_all(credit).mean())
         batch.penalty = mask & (cov >= top(of_all(cov), 0.002))
-    within = lambda names: sum(batch.quadrant == 1 + QUADRANTS.index(q) for q in names.split(","))
+    within = lambda names: sum(batch.quadrant == 1 + QUADRANTS.index(q)
+                               for q in names.split(",") if q)
     if cfg.without:
         batch.credit = torch.where(within(cfg.without) > 0, A[:, None], batch.credit)
     if cfg.quadrants:
