@@ -178,7 +178,7 @@ def group_advantages(rewards, group_size):
 
     rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
     if it beat the other tries at its own prompt. If all G earn the same +1 or -1, every A is 0:
-    nothing is to be learned, and `mini_batches` leaves such groups out.
+    nothing is to be learned; `roll_out` marks such a group, `mini_batches` leaves it out.
     """
     r = rewards.view(-1, group_size)                                          # (B, G)
     return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).flatten()  # (N,)  (1)
@@ -1366,7 +1366,7 @@ class World:
                    mp_policy=fsdp.MixedPrecisionPolicy(low, torch.float32))
         if offload:
             how["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
-        for layer in policy.lm.get_decoder().layers:
+        for layer in next(x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList)):
             if cuda:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
             fsdp.fully_shard(layer, **how)
