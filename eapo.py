@@ -1419,10 +1419,11 @@ class World:
         return any(self.gather(self.stop))
 
 
-def plan(cfg, world):
+def plan(cfg, world, out):
     """Print what each process will hold in memory, in GB, and refuse what cannot fit, before any
     weight is read. The update holds weights, gradients, moments and what it works with; the
-    rollout weights, moments, a copy to sample from and the groups sampled at a time."""
+    rollout weights, moments, a copy to sample from and the groups sampled at a time; the disk a
+    model and three checkpoints, one of them being written."""
     with using(cfg.model):
         c = AutoConfig.from_pretrained(cfg.model)
     with torch.device("meta"):
@@ -1452,6 +1453,9 @@ def plan(cfg, world):
         need(x < free, f"the {phase} needs about {x:.0f} GB of {free:.0f}: use "
              + "more --gpus, --offload, or " * cuda + "a smaller model; smaller --microbatch-tokens"
              " or --max-response-tokens help a little")
+    disk, room = P * (40 if cfg.save_every else 16) / 1e9, shutil.disk_usage(out).free / 1e9
+    need(cfg.eval_only or disk < room, f"{out} needs {disk:.1f} GB for the model and checkpoints, "
+         f"and its disk has {room:.1f} left: choose another --out or --save-every 0")
 
 
 def doctor(run, problems):
@@ -1734,7 +1738,7 @@ def open_run(cfg):
     world = World(cfg)
     out = open_folder(cfg, world)
     if cfg.model != "tiny":
-        plan(cfg, world)
+        plan(cfg, world, out)
     run = load(cfg, world, out)
     for source in map(str.strip, cfg.eval_data.split(",")):
         name = os.path.basename(source)         # MATH-500 for HuggingFaceH4/MATH-500, a for a.jsonl

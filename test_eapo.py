@@ -5,6 +5,7 @@ code under test: autograd, a naive loop, transformers' own generate. No download
 """
 import ast
 import concurrent.futures
+import contextlib
 import html.parser
 import itertools
 import json
@@ -1267,13 +1268,28 @@ def test_the_plan_counts_what_the_paper_run_holds(tmp_path, monkeypatch, capsys)
     cfg = eapo.parse_args(["--model", str(tmp_path)])
     monkeypatch.setattr(os, "sysconf", lambda name: 10 ** 5)        # 10 GB
     with pytest.raises(SystemExit, match="needs about .* GB of 10: use a smaller model"):
-        eapo.plan(cfg, eapo.World(cfg))
+        eapo.plan(cfg, eapo.World(cfg), tmp_path)
     said = capsys.readouterr().out
     assert "7615.6M parameters" in said and "weights 30.46, gradients 30.46, moments 60.92" in said
     # 2 (keys, values) x 28 layers x 4 heads x 128 x 4 bytes = 115 KB a token, 4096 tokens, 8 rows
     # a group; no room for more than one; logits of 8 rows
     cache, logits = 2 * 28 * 4 * 128 * 4 * 4096 * 8, 40 * 152064 * 8
     assert f"groups {(cache + logits) / 1e9:.2f}" in said
+
+
+def test_a_disk_without_room_for_three_checkpoints_is_told_before_the_run(tmp_path, monkeypatch):
+    """A tiny model as a folder: 16 bytes a parameter for the model and one checkpoint of weights
+    and two moments, in fp32, 40 with three of them."""
+    lm, tokenizer = eapo.tiny_model(0)
+    lm.save_pretrained(tmp_path)
+    size = sum(p.numel() for p in lm.parameters())
+    for flags, needs in ((["--save-every", "5"], 40 * size), (["--save-every", "0"], 16 * size)):
+        cfg = eapo.parse_args(["--model", str(tmp_path), *flags])
+        for left, fits in ((needs - 1, False), (needs + 1, True)):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=left))
+            with contextlib.nullcontext() if fits else pytest.raises(SystemExit,
+                                                                     match="another --out"):
+                eapo.plan(cfg, eapo.World(cfg), tmp_path)
 
 
 def test_as_many_groups_are_sampled_at_a_time_as_memory_holds():
@@ -1352,6 +1368,21 @@ def test_on_several_gpus_the_command_starts_itself_once_a_gpu(monkeypatch, gpus,
     monkeypatch.setattr(eapo, "parse_args", lambda argv: eapo.Config(gpus=9))
     with pytest.raises(SystemExit, match="--gpus 9: this machine has 8"):
         eapo.main([])
+
+
+def test_the_tiny_model_takes_two_threads_at_most_unless_told_otherwise(monkeypatch):
+    """On 16 cores 2, on 1 core 1; OMP_NUM_THREADS and other models have torch's own number."""
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(eapo, "train", lambda cfg: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for cores in (16, 1):
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        eapo.main([])
+    eapo.main(["--model", "x"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    eapo.main([])
+    assert threads == [2, 1]
 
 
 def test_a_process_that_waits_in_vain_names_the_phase_and_itself(monkeypatch):
