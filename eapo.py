@@ -6,7 +6,7 @@ policy optimization), and it gives each token of a response the same credit. Mos
 it: where the model was sure, there was no decision to praise. EAPO (entropy-aware policy
 optimization; He et al. 2026, arXiv 2604.11056, v1) therefore measures how unsure the model was at
 each token, its entropy H, and gives uncertain tokens a little more of the credit and of the blame,
-sure ones a little less. On top of GRPO that is two formulas, (6) and (7).
+sure ones a little less. On top of GRPO, here with DAPO's clips and mean, that is (6) and (7).
 
     A_i     = (r_i - mean(r)) / std(r)                                   one number a response   (1)
     L       = - mean of min(rho A, clip(rho, 1-eps_low, 1+eps_high) A)                           (2)
@@ -86,7 +86,7 @@ from transformers.masking_utils import sdpa_mask
 # --------------------------------------------------------------------------------------------------
 
 QUADRANTS = ("PHR", "PLR", "NLR", "NHR")        # codes 1 to 4 of `quadrants`, part 2
-METHODS = {     # `credit_rule`, part 2, and the settings that a method brings
+METHODS = {     # `credit_rule`, part 2, and what a method sets, also against a preset
     "eapo": {}, "grpo": {}, "forking": {}, "entroadv": {}, "entroreg": {}, "w-reinforce": {},
     "dapo": dict(resample=2, overlong=0.2), "kl-cov": dict(clip_low=1, clip_high=1e9, clip_c=0)}
 PRESETS = {     # a name, or a part of one: what such a model changes
@@ -278,7 +278,7 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     (appendix B.4).  A (N,), H (N, T), mask (N, T) -> (N, T), zero outside the mask.
 
     grpo        A; not the textbook's: with DAPO's clips and token mean, without KL
-    dapo        A; grpo with the settings that METHODS has for it
+    dapo        A; grpo with more rounds of sampling and a penalty on length, see METHODS
     entroreg    A; grpo with a bonus for H in the loss, see `learn`
     kl-cov      A; no clips, but a penalty in the loss on tokens that `give_credit` marks
     forking     A where H >= tau, the lowest of the highest 20% of all H, else 0 (Wang et al. 2025)
@@ -286,10 +286,11 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
     A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
-    1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO). What needs a
-    quantile over the step is made in `give_credit` and handed in, as tau, which is inf but for
-    forking. All of EAPO is the `if` below, `entropy_aware_advantages` and `entropy_score`: delete
-    them, make grpo the default of --method, and --alpha, --phi and --without are idle.
+    1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO). What needs
+    all tokens of the step is made in `give_credit` and handed in, as tau is (inf but for forking);
+    what adds to the loss, in `learn`. All of EAPO is the `if` below, `entropy_aware_advantages`,
+    `entropy_score` and the name in METHODS: delete them, make grpo the default of --method, and
+    --alpha and --phi are idle.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
@@ -809,7 +810,8 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
     rows leave the batch once they are a fifth of it. Prompts are padded on the left, so that all
     rows draw their next token in the same column. Every token is drawn by a number that depends on
     its prompt's seed, its try and its place alone (given G and max_tokens): the same dice fall on
-    one GPU or eight, and in a resumed run. logp and H come free from the logits, before top_p.
+    one GPU or eight, and in a resumed run. logp and H come free from the logits, before top_p; of a
+    bf16 copy, `rescore` will replace them.
     """
     device, P, stop = lm.device, max(map(len, prompts)), torch.tensor(stop_ids, device=lm.device)
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
@@ -1167,9 +1169,9 @@ def roll_out(run, stream):
     """Try and mark, until prompts_per_step groups can teach something or the rounds are used up:
     a Batch of all that this process tried, `kept` where it can teach.
 
-    A group that is all right or all wrong teaches nothing about being right, and but for --overlong
-    has A = 0 for all its tokens. While rounds are left, other problems are tried in its place
-    (dynamic sampling); learned from it is not.
+    A group that is all right or all wrong teaches nothing about being right: its A are 0, or with
+    --overlong about length alone. It is never learned from; while rounds are left, other problems
+    are tried in its place (dynamic sampling).
     """
     cfg, G, tried, missing = run.cfg, run.cfg.group_size, [], run.cfg.prompts_per_step
     while missing and len(tried) <= cfg.resample:
@@ -1182,7 +1184,8 @@ def roll_out(run, stream):
 
 
 def give_credit(run, batch):
-    """Set batch.credit and batch.quadrant: what each token is reinforced by, under cfg.method.
+    """Set batch.quadrant and what each token is reinforced by under cfg.method: batch.credit, and
+    for kl-cov batch.penalty.
 
     mu_H is of a group; tau, and the quantile and means of kl-cov, are over all response tokens of
     the step, dropped groups too, on all GPUs. kl-cov marks the 0.2% of tokens of highest
@@ -1199,10 +1202,10 @@ def give_credit(run, batch):
         logp, credit = batch.logp, batch.credit
         cov = (logp - of_all(logp).mean()) * (credit - of_all(credit).mean())
         batch.penalty = mask & (cov >= top(of_all(cov), 0.002))
-    within = lambda names: sum(batch.quadrant == 1 + QUADRANTS.index(q)
-                               for q in names.split(",") if q)
+    within = lambda names: torch.isin(batch.quadrant, torch.tensor(
+        [1 + QUADRANTS.index(q) for q in names.split(",") if q], device=H.device))
     if cfg.without:
-        batch.credit = torch.where(within(cfg.without) > 0, A[:, None], batch.credit)
+        batch.credit = torch.where(within(cfg.without), A[:, None], batch.credit)
     if cfg.quadrants:
         batch.credit = batch.credit * within(cfg.quadrants)
 
@@ -1785,7 +1788,7 @@ def train(cfg):
         # Try, mark: answer each problem G times; +1 if the boxed answer is right, else -1.
         batch = roll_out(run, stream)
 
-        # Compare: credit each response against its group, then each token by its entropy.
+        # Compare: credit each response against its group; EAPO then each token by its entropy.
         give_credit(run, batch)                                                         # (1), (7)
 
         # Learn: a gradient step on the clipped loss for each mini-batch of the kept groups.
@@ -1870,7 +1873,7 @@ def parse_args(argv=None):
     model = typed.get("model", "tiny")
     preset = next((PRESETS[name] for name in PRESETS
                    if name == model or name != "tiny" and name in model), {})
-    return check(Config(**preset | METHODS[typed.get("method", "eapo")] | typed))
+    return check(Config(**preset | METHODS[typed.get("method", Config.method)] | typed))
 
 
 def main(argv=None):

@@ -331,7 +331,7 @@ def test_quadrants_can_be_learned_from_alone_and_left_out_of_the_entropy_term():
     plain = torch.tensor([1.5, -.5, -.5, -.5])[:, None].expand(4, 5)
     _, batch = credited("grpo")
     torch.testing.assert_close(batch.credit, plain, atol=1e-4, rtol=0)
-    _, only = credited("grpo", "--quadrants", "PLR,NHR,")
+    _, only = credited("grpo", "--quadrants", "PLR,NHR,NHR,")
     torch.testing.assert_close(only.credit[[0, 2, 3]], plain[[0, 2, 3]], atol=1e-4, rtol=0)
     assert not only.credit[1].any()
     _, full = credited("eapo")
