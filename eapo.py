@@ -58,6 +58,7 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 from itertools import groupby
@@ -116,7 +117,7 @@ class Config:
     train_data: str = flag("agentica-org/DeepScaleR-Preview-Dataset",
                            "addition, a .jsonl/.csv/.parquet file, or a hub id[:split]")
     eval_data: str = flag("HuggingFaceH4/MATH-500", "the same, several with commas between")
-    out: str = flag("", "folder of the run; empty: runs/MODEL-TIME")
+    out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
     seed: int = flag(0, "seed of weights, data order and sampling")
     resume: str = flag("", "folder of a run to go on with")
     save_every: int = flag(20, "steps between checkpoints; 0 = only on Ctrl-C and SIGTERM")
@@ -141,7 +142,7 @@ class Config:
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
     quadrants: str = flag("", "of PHR,PLR,NLR,NHR: no credit elsewhere, (2) still divides by all")
-    without: str = flag("", "quadrants that get A in the place of A^CA: no entropy term there")
+    without: str = flag("", "quadrants whose tokens get A in the place of A^CA, no entropy term")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
     clip_c: float = flag(3.0, "where A < 0, no push beyond rho = c, see `surrogate`; 0 = off")
@@ -178,7 +179,7 @@ def group_advantages(rewards, group_size):
 
     rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
     if it beat the other tries at its own prompt. If all G earn the same +1 or -1, every A is 0:
-    nothing is to be learned; `roll_out` marks such a group, `mini_batches` leaves it out.
+    nothing is to be learned, and `roll_out` does not keep such a group for learning.
     """
     r = rewards.view(-1, group_size)                                          # (B, G)
     return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).flatten()  # (N,)  (1)
@@ -191,7 +192,7 @@ def entropy_mean_std(H, mask, group_size):
     tokens and so more say. sigma_H carries + 1e-6, for the group whose tokens are all alike.
     """
     m = mask.reshape(len(mask) // group_size, group_size, mask.shape[1])      # (B, G, T)
-    h, n = H.reshape(m.shape), m.sum((1, 2), keepdim=True)
+    h, n = H.reshape(m.shape), m.sum((1, 2), keepdim=True).clamp(min=1)
     mu = torch.where(m, h, 0).sum((1, 2), keepdim=True) / n                   # (B, 1, 1)
     squares = torch.where(m, h - mu, 0).square().sum((1, 2), keepdim=True)
     sigma = (squares / (n - 1).clamp(min=1)).sqrt() + 1e-6
@@ -223,7 +224,8 @@ def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
     no gradient anyway; detach protects other callers.
     """
     score = entropy_score(A, H, mask, group_size, phi).detach()               # (N, T)
-    return (A[:, None] + alpha * A.sign()[:, None] * score) * mask            # (N, T)  (7)
+    credit = A[:, None] + alpha * A.sign()[:, None] * score                   # (N, T)  (7)
+    return torch.where(mask, credit, 0)
 
 
 def quadrants(rewards, H, mask, group_size):
@@ -255,7 +257,7 @@ def surrogate(rho, A, clip_low, clip_high, clip_c):
 
 
 def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
-    """- sum over tokens of mask * surrogate (2).  (N, T) each -> scalar.
+    """- sum over tokens of mask * surrogate (2), mask 0 or 1 or any weight.  (N, T) each -> scalar.
 
     A sum, not the mean of (2), so that a batch may be cut anywhere. For the mean, `learn` passes as
     mask `token_weights`, which `descend` has divided by their sum. On a step's first mini-batch rho
@@ -277,8 +279,8 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     """The credit of each token under a method: EAPO and those that the paper compares it with
     (appendix B.4).  A (N,), H (N, T), mask (N, T) -> (N, T), zero outside the mask.
 
-    grpo        A; not the textbook's: with DAPO's clips and token mean, without KL
-    dapo        A; grpo with more rounds of sampling and a penalty on length, see METHODS
+    grpo        A; not the textbook's: with DAPO's clips, token mean and resampling, without KL
+    dapo        A; grpo with a penalty on length, see METHODS (and with tiny the resampling)
     entroreg    A; grpo with a bonus for H in the loss, see `learn`
     kl-cov      A; no clips, but a penalty in the loss on tokens that `give_credit` marks
     forking     A where H >= tau, the lowest of the highest 20% of all H, else 0 (Wang et al. 2025)
@@ -535,7 +537,9 @@ def same_answer(prediction, gold):
 def is_correct(response, gold):
     """Whether the response's last \\boxed{} holds the gold answer, or one of a list of golds."""
     answer = extract_answer(response)
-    golds = [str(g).removesuffix(".0") for g in (gold if type(gold) in (list, tuple) else [gold])]
+    golds = [f"{Decimal(str(g)):f}" if type(g) is float else str(g)         # 0.00001, not 1e-05
+             for g in (gold if type(gold) in (list, tuple) else [gold])]
+    golds = [g.removesuffix(".0") for g in golds]
     return answer is not None and any(same_answer(answer, extract_answer(g) or g) for g in golds)
 
 
@@ -583,8 +587,8 @@ def using(source):
     with one line."""
     try:
         yield
-    except (OSError, ValueError) as e:
-        what = " ".join((str(e) or repr(e)).split())[:300]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
+        what = " ".join(f"{str(e) or repr(e)} {e.__cause__ or ''}".split())[:300]
         raise SystemExit(f"eapo: cannot use {source}: {what}") from e
 
 
@@ -593,7 +597,7 @@ def read_rows(source, split):
     kind, (name, _, part) = source.rpartition(".")[2].lower(), source.partition(":")
     if kind == "jsonl":
         rows = []
-        with open(source, encoding="utf-8") as f:
+        with open(source, encoding="utf-8-sig") as f:
             for n, line in enumerate(f, 1):
                 with using(f"{source}, line {n}"):
                     rows += [json.loads(line)] if line.strip() else []
@@ -629,6 +633,8 @@ def load_problems(run, source, split):
         for n, row in enumerate(rows, 1):
             need(all(row.get(names[0]) not in (None, "", []) for names in roles.values()),
                  f"{source}, row {n}: {' or '.join(roles)} is empty")
+            need(not isinstance(row[roles["problem"][0]], (list, dict)),
+                 f"{source}, row {n}: the problem must be text; the chat template is put around it")
         problems = [Problem(**{role: row[names[0]] for role, names in roles.items()})
                     for row in rows]
     for p in run.world.bar(problems, f"tokens of {source}", 5000, leave=False):
@@ -1316,7 +1322,7 @@ def exam(run, step):
         world.print(f"\n{run.lines[-1]}\n  {problems[0].problem!r:.98}", *paint(run, batch))
         if world.rank == 0:
             with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+                f.writelines(json.dumps(row, default=str) + "\n" for row in rows)
     if world.rank == 0 and metrics:
         replace_file(f"{run.out}/eval.json", json.dumps({"step": step, **metrics}, indent=2))
     return metrics
@@ -1427,10 +1433,10 @@ def plan(cfg, world, out):
     weight is read. The update holds weights, gradients, moments and what it works with; the
     rollout weights, moments, a copy to sample from and the groups sampled at a time; the disk a
     model and three checkpoints, one of them being written."""
-    with using(cfg.model):
+    with using(cfg.model), torch.device("meta"):
         c = AutoConfig.from_pretrained(cfg.model)
-    with torch.device("meta"):
         P = sum(p.numel() for p in AutoModelForCausalLM.from_config(c).parameters())
+    need(hasattr(c, "num_attention_heads"), f"{cfg.model} is not a text-only transformer")
     n, cuda, L = world.size, world.device.type == "cuda", c.num_hidden_layers
     width, here = 2 if world.bf16 else 4, not (cfg.offload and cuda)
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
@@ -1465,7 +1471,8 @@ def doctor(run, problems):
     """Print what most often is wrong before a run that learns nothing: the first prompt as the
     model sees it, stop tokens, and what the verifier says of golds and of junk."""
     p, tokenizer, golds = problems[0], run.tokenizer, [p.answer for p in problems[:200]]
-    longest = max(len(p.ids) for p in problems) + run.cfg.max_response_tokens
+    longest = max(len(p.ids) for p in sum(run.exams.values(), problems)) \
+        + run.cfg.max_response_tokens
     fits = getattr(run.policy.lm.config, "max_position_embeddings", None) or longest
     need(longest <= fits, f"{run.cfg.model} reads {fits} tokens, and the longest prompt with its "
                           f"response has {longest}: lower --max-response-tokens")
@@ -1550,7 +1557,7 @@ def load_checkpoint(run, optimizer, stream):
 def open_folder(cfg, world):
     """Make the folder of the run and write config.json into it -> path."""
     name = os.path.basename(os.path.normpath(cfg.model))
-    out = cfg.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = cfg.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     out = os.path.normpath(world.gather(out)[0])
     need(cfg.resume or not os.path.exists(f"{out}/metrics.jsonl"),
          f"{out} holds the metrics of another run: choose another --out, or --resume {out}")
@@ -1599,7 +1606,8 @@ def curve(seeds, key):
     """[(step, low, mean, high)] of a metric: over seeds, or the interval of one seed's Avg@k."""
     at, stem = {}, key.rpartition("@")[0]
     for row in (row for rows in seeds for row in rows if math.isfinite(row.get(key, math.nan))):
-        ends = [row.get(f"{stem}_{end}", row[key]) for end in ("low", "high") if len(seeds) == 1]
+        one = len(seeds) == 1 and key.replace("pass@", "avg@") in row   # the k of the interval
+        ends = [row.get(f"{stem}_{end}", row[key]) for end in ("low", "high") if one]
         at.setdefault(row["step"], []).append((row[key], *ends))
     return [(step, min(map(min, found)), sum(y for y, *_ in found) / len(found),
              max(map(max, found))) for step, found in sorted(at.items())]
@@ -1731,6 +1739,9 @@ def log(run, step, metrics):
     if step == 1 and metrics["truncated"] > 0.5:
         run.world.print("warning: most responses were cut at --max-response-tokens: raise it, or "
                         "see whether the stop tokens above are the model's")
+    if step == 1 and metrics["grad_norm"] == 0:
+        run.world.print("warning: nothing was learned: no group had right and wrong responses, or "
+                        "--quadrants left no token its credit; --warmup-data may help")
     if step == 1 and metrics["sampler_gap"] > 0.1:
         run.world.print(f"warning: sampler and policy disagree by {metrics['sampler_gap']} nats a "
                         "token: what is trained is not what samples")
@@ -1743,7 +1754,7 @@ def open_run(cfg):
     if cfg.model != "tiny":
         plan(cfg, world, out)
     run = load(cfg, world, out)
-    for source in map(str.strip, cfg.eval_data.split(",")):
+    for source in filter(None, map(str.strip, cfg.eval_data.split(","))):
         name = os.path.basename(source)         # MATH-500 for HuggingFaceH4/MATH-500, a for a.jsonl
         name = os.path.splitext(name)[0] if os.path.isfile(source) else name.replace(":", "-")
         need(name not in run.exams, f"--eval-data has two sets {name}: rename a file")
@@ -1804,7 +1815,7 @@ def train(cfg):
         last = stop or step == cfg.steps
         due = cfg.eval_every and (step % cfg.eval_every == 0 or last) and not stop
         log(run, step, metrics | (exam(run, step) if due else {}))
-        if stop or cfg.save_every and (last or step % cfg.save_every == 0):
+        if stop or last and cfg.resume or cfg.save_every and (last or step % cfg.save_every == 0):
             save_checkpoint(run, optimizer, stream, step)
         if due or last:
             write_report(run, batch, histogram)
@@ -1827,8 +1838,9 @@ def check(c):
     need(not unknown, f"no quadrant is called {', '.join(unknown)}, only {', '.join(QUADRANTS)}")
     need(not c.without or c.method == "eapo", "--without is for --method eapo")
     need(min(sizes) > 0, "numbers of prompts, samples and tokens must be 1 or more")
-    need(min(c.resample, c.steps, c.warmup_steps, c.save_every, c.eval_every, c.gpus,
-             c.microbatch_tokens) >= 0, "steps, rounds and GPUs must be 0 or more")
+    need(min(c.resample, c.steps, c.warmup_steps, c.save_every, c.eval_every, c.gpus, c.seed,
+             c.microbatch_tokens, c.learning_rate, c.warmup_learning_rate, c.clip_low,
+             c.clip_high) >= 0, "steps, rounds, rates, clips, the seed and GPUs: 0 or more")
     need(c.temperature > 0 <= c.eval_temperature,
          "--temperature must be above 0, --eval-temperature 0 or more")
     need(0 < c.top_p <= 1 and 0 < c.eval_top_p <= 1, "--top-p: above 0, at most 1")
@@ -1887,6 +1899,7 @@ def main(argv=None):
         warnings.filterwarnings("ignore", known)
     if cfg.compare:
         path = f"{cfg.out or 'runs'}/report.html"
+        need(not os.path.exists(f"{cfg.out}/config.json"), f"{cfg.out} is a run: name another --out")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         replace_file(path, report(compare(cfg.compare.split(","))))
         return print(f"eapo: {path}")

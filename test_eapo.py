@@ -83,6 +83,15 @@ def test_one_right_response_in_four_earns_what_the_three_wrong_ones_lose():
     torch.testing.assert_close(A, torch.tensor([1.5, -.5, -.5, -.5]), atol=1e-5, rtol=0)
 
 
+def test_what_stands_outside_the_mask_is_never_looked_at():
+    """A group without any response token, as some trainers mask those cut off; NaN as padding."""
+    A, mask = torch.tensor([1., -1., 1., -1.]), torch.tensor([[1, 0]] * 2 + [[0, 0]] * 2).bool()
+    H = torch.tensor([[.1, math.nan], [.3, math.nan], [.1, .2], [.1, .2]])
+    credit = entropy_aware_advantages(A, H, mask, 2, ALPHA, PHI)
+    assert credit[:2, 0].isfinite().all() and credit[0, 0] > 0 > credit[1, 0]
+    assert credit[:, 1].eq(0).all() and credit[2:].eq(0).all()
+
+
 def test_a_group_is_compared_with_itself_only():
     """Two groups, the second easier: mixing them would change both."""
     one, two = torch.tensor([1., -1]), torch.tensor([1., 1, 1, -1]).view(2, 2).flatten()
@@ -654,6 +663,7 @@ def load_file(path, split):
     ("a.jsonl", """{"problem": "1+1", "answer": 2}
                    {"problem": "2+2", "answer": ["4", "four"]}""", "train"),
     ("a.csv", "question,ground_truth\n1+1,2\n2+2,4\n", "exam"),
+    ("bom.jsonl", '\ufeff{"problem": "1+1", "answer": 2}\n{"problem": "2+2", "answer": 4}', "exam"),
     ("b.jsonl", """{"prompt": "1+1", "solution": "so \\\\boxed{2}"}
                    {"prompt": "2+2", "solution": "4"}""", "train")])
 def test_problems_load_from_files_with_the_usual_column_names(tmp_path, name, text, part):
@@ -695,6 +705,22 @@ def test_a_prompt_as_long_as_the_limit_stays_and_a_longer_one_is_left_out(tmp_pa
     assert "1 of 2 prompts left out" in capsys.readouterr().out
 
 
+def test_an_unreadable_csv_is_named_with_what_is_wrong_in_it(tmp_path):
+    (tmp_path / "x.csv").write_text("problem,answer\n1+1,2\n1,2,3,4\n")
+    with pytest.raises(SystemExit, match="cannot use .*x.csv: .*Expected 2 fields"):
+        load_file(tmp_path / "x.csv", "train")
+
+
+def test_the_longest_exam_must_fit_the_model_too():
+    run = a_run(eapo.tiny_model(0)[0], "--max-response-tokens", 8)
+    run.tokenizer = eapo.tiny_model(0)[1]
+    short, long = (Problem("1+1", "2", ids=[3] * n) for n in (3, 505))
+    eapo.doctor(run, [short])
+    run.exams = {"exam": [long]}
+    with pytest.raises(SystemExit, match="reads 512 tokens, .* has 513"):
+        eapo.doctor(run, [short])
+
+
 def test_an_error_without_words_is_called_by_its_name():
     with pytest.raises(SystemExit, match="cannot use x: ValueError"), eapo.using("x"):
         raise ValueError
@@ -707,6 +733,7 @@ def test_an_error_without_words_is_called_by_its_name():
     ('{"question": "1", "prompt": "1", "answer": "1"}\n', "prompt, answer: which is the problem"),
     ('{"problem": "' + "1" * 40 + '", "answer": "1"}\n', "no prompt is within --max-prompt-tok"),
     ('{"problem": "1", "answer": ""}\n', "row 1: problem or answer is empty"),
+    ('{"problem": [{"role": "user"}], "answer": "1"}\n', "row 1: the problem must be text"),
     ('{"problem": "1", "answer": "1"}\n{"problem": "2"}\n', "row 2: problem or answer is empty"),
     ("", "no rows")])
 def test_bad_data_gets_one_line_that_says_where(tmp_path, text, says):
@@ -797,6 +824,13 @@ UNEQUAL = pairs(r"""
     x<3 ~ (3,\infty) ;; 1<x<2 ~ [1,2] ;; x<3 ~ 3 ;; x<y<3 ~ 3 ;; \binom{99999}{4444} ~ 1
     10^{-19}\pi ~ 10^{-20}\pi ;; [1,2] ~ [1,2) ;; 3 > x ~ x > 3 ;; 8:30 ~ 8:03
     y=2x ~ y=2x+1 ;; y=2x, z=1 ~ 2x, 1 ;; \frac{11}{21} ~ \frac{1}{121} ;; x \le 3 ~ x < 3""")
+
+
+@pytest.mark.parametrize("text, gold", [("0.00001", 1e-5), ("0.000025", 2.5e-5), ("142", 142.0),
+                                        ("10000000000000000000000", 1e22), ("0.5", [3, 0.5])])
+def test_a_gold_that_is_a_number_is_the_number_and_not_its_exponent(text, gold):
+    assert eapo.is_correct(f"\\boxed{{{text}}}", gold)
+    assert not eapo.is_correct("\\boxed{7}", gold)
 
 
 @pytest.mark.parametrize("ours, gold", EQUAL)
@@ -1396,6 +1430,14 @@ def test_a_process_that_waits_in_vain_names_the_phase_and_itself(monkeypatch):
     assert "process 0 of 2, phase update" in e.value.__notes__[0]
 
 
+def test_a_first_step_that_taught_nothing_is_told(tmp_path, capsys):
+    for norm, said in ((0, 1), (0.1, 0)):
+        run = a_run()
+        run.out = str(tmp_path)
+        eapo.log(run, 1, dict(truncated=0, grad_norm=norm, sampler_gap=0))
+        assert capsys.readouterr().out.count("nothing was learned") == said
+
+
 # ---- exams and the report ------------------------------------------------------------------------
 
 def test_an_exam_alone_leaves_verdicts_that_can_be_checked(tmp_path, monkeypatch):
@@ -1505,6 +1547,9 @@ def test_curve_of_one_seed_has_the_interval_and_of_several_their_range():
         (1, .1, pytest.approx(.2), .4)]
     assert eapo.curve([rows, [{"step": 0, key: .8}]], key)[0][1:] == (.4, pytest.approx(.6), .8)
     assert eapo.curve([[dict(step=1, x=math.nan), dict(step=2)]], "x") == []
+    row = {"step": 0, "e/avg@8": .4, "e/pass@8": .9, "e/pass@1": .4, "e/pass_low": .8, "e/pass_high": 1}
+    assert eapo.curve([[row]], "e/pass@8") == [(0, .8, .9, 1)]      # the interval is of pass@8 alone
+    assert eapo.curve([[row]], "e/pass@1") == [(0, .4, .4, .4)]
 
 
 @pytest.mark.parametrize("low, high, expected", [
@@ -1536,6 +1581,12 @@ def test_compare_groups_seeds_and_labels_by_what_differs(tmp_path):
                                   "alpha 0.0, phi 1": [[{"step": 2}]]}
 
 
+def test_compare_does_not_write_over_the_report_of_a_run(tmp_path):
+    run = folder(tmp_path / "a", [{"step": 0}])
+    with pytest.raises(SystemExit, match="is a run: name another --out"):
+        eapo.main(["--compare", run, "--out", run])
+
+
 def test_compare_says_in_one_line_what_is_wrong_with_a_folder(tmp_path):
     broken = folder(tmp_path / "broken")
     (tmp_path / "broken" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
@@ -1561,6 +1612,7 @@ def test_the_table_of_parts_in_the_readme_has_the_right_lines():
     (["--method", "grpo", "--without", "PHR"], "--without is for --method eapo"),
     (["--temperature", "0"], "--temperature must be above 0"),
     (["--resample", "-1"], "0 or more"), (["--overlong", "8"], "is a share"),
+    (["--learning-rate", "-1"], "0 or more"), (["--seed", "-1"], "0 or more"),
     (["--train-data", "none.jsonl"], "cannot use none.jsonl: .*No such file"),
     (["--eval-data", "addition, addition"], "two sets addition: rename a file"),
     (["--model", "no folder"], "cannot use no folder: "),
