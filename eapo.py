@@ -1519,9 +1519,14 @@ def save_checkpoint(run, optimizer, stream, step):
     if run.world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(path + ".new", path)
-        for old in sorted(glob.glob(f"{glob.escape(run.out)}/checkpoint/*[0-9]"))[:-2]:
+        for old in checkpoints(run.out)[:-2]:
             shutil.rmtree(old)
     run.world.gather(None)
+
+
+def checkpoints(out):
+    """The folders of the checkpoints of a run, none half-written, the latest last."""
+    return sorted(glob.glob(f"{glob.escape(out)}/checkpoint/*[0-9]"))
 
 
 def state(run, optimizer, stream, step):
@@ -1533,11 +1538,9 @@ def state(run, optimizer, stream, step):
 
 def load_checkpoint(run, optimizer, stream):
     """Set weights, moments, data position and logs from a run's last checkpoint -> its step."""
-    found = sorted(glob.glob(f"{glob.escape(run.out)}/checkpoint/*[0-9]"))  # none half-written
-    need(found, f"{run.out} holds no checkpoint, see --save-every: start a new run")
     saved = state(run, optimizer, stream, 0)
     data = saved["data"]
-    dcp.load(saved, checkpoint_id=found[-1])
+    dcp.load(saved, checkpoint_id=checkpoints(run.out)[-1])
     need(saved["data"] == data, f"{run.cfg.train_data} is not the data that {run.out} was trained "
                                 "on: its problems differ")
     dcs.set_state_dict(run.policy, optimizer, model_state_dict=saved["model"],
@@ -1561,6 +1564,8 @@ def open_folder(cfg, world):
     out = os.path.normpath(world.gather(out)[0])
     need(cfg.resume or not os.path.exists(f"{out}/metrics.jsonl"),
          f"{out} holds the metrics of another run: choose another --out, or --resume {out}")
+    need(not cfg.resume or checkpoints(out),
+         f"{out} holds no checkpoint, see --save-every: start a new run")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__,
                 "python": platform.python_version()}
     with using(out):

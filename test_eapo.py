@@ -1270,7 +1270,8 @@ def test_resuming_with_other_settings_or_data_is_refused(tmp_path, two_runs):
     run.out = str(tmp_path)
     optimizer = torch.optim.AdamW(run.policy.parameters())
     with pytest.raises(SystemExit, match="holds no checkpoint"):
-        eapo.load_checkpoint(run, optimizer, stream)
+        eapo.open_folder(eapo.Config(resume="x", out=str(tmp_path)), run.world)
+    assert not (tmp_path / "config.json").exists()                  # nothing is written before
     eapo.save_checkpoint(run, optimizer, stream, 3)
     os.makedirs(tmp_path / "checkpoint" / "step-000009.new")        # killed while it was written
     assert eapo.load_checkpoint(run, optimizer, stream) == 3
