@@ -120,7 +120,8 @@ class Config:
     out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
     seed: int = flag(0, "seed of weights, data order and sampling")
     resume: str = flag("", "folder of a run to go on with")
-    save_every: int = flag(20, "steps between checkpoints; 0 = only on Ctrl-C and SIGTERM")
+    save_every: int = flag(20, "steps between checkpoints; 0 = on Ctrl-C, SIGTERM, and as a resumed "
+                               "run ends")
     compare: str = flag("", "RUN,RUN...: draw finished runs in one report.html in --out, stop")
     warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
                             "imitation before RL, for models that do not know the task")
@@ -142,7 +143,7 @@ class Config:
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
     quadrants: str = flag("", "of PHR,PLR,NLR,NHR: no credit elsewhere, (2) still divides by all")
-    without: str = flag("", "quadrants whose tokens get A in the place of A^CA, no entropy term")
+    without: str = flag("", "quadrants without the entropy term: their tokens stay, with A for A^CA")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
     clip_c: float = flag(3.0, "where A < 0, no push beyond rho = c, see `surrogate`; 0 = off")
@@ -292,7 +293,7 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     all tokens of the step is made in `give_credit` and handed in, as tau is (inf but for forking);
     what adds to the loss, in `learn`. All of EAPO is the `if` below, `entropy_aware_advantages`,
     `entropy_score` and the name in METHODS: delete them, make grpo the default of --method, and
-    --alpha and --phi are idle.
+    --alpha and --phi change nothing; --without is then refused, as with every method but eapo.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
@@ -868,7 +869,7 @@ def groups_at_once(c, width, tokens, group_size, free):
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
 # token, and its optimizer step. On a CPU one process has the whole model, in fp32, and samples from
 # it; --model tiny does so on a GPU too, in larger micro-batches. Any other model on GPUs, one or
-# many: each process has a shard of the fp32 weights and multiplies in bf16 (part 8); a whole bf16
+# many: each process has a shard of the fp32 weights and multiplies in bf16; a whole bf16
 # copy samples, so `rescore` takes logp and H from the policy; micro-batches are larger. Several
 # processes on CPUs: shards and a copy too, all in fp32, and no `rescore`.
 # --------------------------------------------------------------------------------------------------
