@@ -120,8 +120,7 @@ class Config:
     out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
     seed: int = flag(0, "seed of weights, data order and sampling")
     resume: str = flag("", "folder of a run to go on with")
-    save_every: int = flag(20, "steps between checkpoints; 0 = on Ctrl-C, SIGTERM, and as a resumed "
-                               "run ends")
+    save_every: int = flag(20, "steps between checkpoints; 0 = as a stopped or resumed run ends")
     compare: str = flag("", "RUN,RUN...: draw finished runs in one report.html in --out, stop")
     warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
                             "imitation before RL, for models that do not know the task")
@@ -143,7 +142,7 @@ class Config:
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
     quadrants: str = flag("", "of PHR,PLR,NLR,NHR: no credit elsewhere, (2) still divides by all")
-    without: str = flag("", "quadrants without the entropy term: their tokens stay, with A for A^CA")
+    without: str = flag("", "quadrants without the entropy term: there A stays in place of A^CA")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
     clip_c: float = flag(3.0, "where A < 0, no push beyond rho = c, see `surrogate`; 0 = off")
@@ -225,8 +224,7 @@ def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
     no gradient anyway; detach protects other callers.
     """
     score = entropy_score(A, H, mask, group_size, phi).detach()               # (N, T)
-    credit = A[:, None] + alpha * A.sign()[:, None] * score                   # (N, T)  (7)
-    return torch.where(mask, credit, 0)
+    return torch.where(mask, A[:, None] + alpha * A.sign()[:, None] * score, 0)     # (N, T)  (7)
 
 
 def quadrants(rewards, H, mask, group_size):
@@ -290,10 +288,9 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
 
     A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
     1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO). What needs
-    all tokens of the step is made in `give_credit` and handed in, as tau is (inf but for forking);
-    what adds to the loss, in `learn`. All of EAPO is the `if` below, `entropy_aware_advantages`,
-    `entropy_score` and the name in METHODS: delete them, make grpo the default of --method, and
-    --alpha and --phi change nothing; --without is then refused, as with every method but eapo.
+    all tokens of the step, as tau, inf but for forking, is made in `give_credit`; what adds to the
+    loss, in `learn`. EAPO is the `if` below, `entropy_aware_advantages`, `entropy_score` and a name
+    in METHODS: delete them; make grpo the default. --alpha, --phi, --without are for eapo alone.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
@@ -1905,7 +1902,7 @@ def main(argv=None):
         warnings.filterwarnings("ignore", known)
     if cfg.compare:
         path = f"{cfg.out or 'runs'}/report.html"
-        need(not os.path.exists(f"{cfg.out}/config.json"), f"{cfg.out} is a run: name another --out")
+        need(not os.path.exists(f"{cfg.out}/config.json"), "--out is a run's folder: name another")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         replace_file(path, report(compare(cfg.compare.split(","))))
         return print(f"eapo: {path}")

@@ -1548,8 +1548,9 @@ def test_curve_of_one_seed_has_the_interval_and_of_several_their_range():
         (1, .1, pytest.approx(.2), .4)]
     assert eapo.curve([rows, [{"step": 0, key: .8}]], key)[0][1:] == (.4, pytest.approx(.6), .8)
     assert eapo.curve([[dict(step=1, x=math.nan), dict(step=2)]], "x") == []
-    row = {"step": 0, "e/avg@8": .4, "e/pass@8": .9, "e/pass@1": .4, "e/pass_low": .8, "e/pass_high": 1}
-    assert eapo.curve([[row]], "e/pass@8") == [(0, .8, .9, 1)]      # the interval is of pass@8 alone
+    row = {"step": 0, "e/avg@8": .4, "e/pass@8": .9, "e/pass@1": .4, "e/pass_low": .8,
+           "e/pass_high": 1}                                        # of pass@8 alone
+    assert eapo.curve([[row]], "e/pass@8") == [(0, .8, .9, 1)]
     assert eapo.curve([[row]], "e/pass@1") == [(0, .4, .4, .4)]
 
 
@@ -1584,7 +1585,7 @@ def test_compare_groups_seeds_and_labels_by_what_differs(tmp_path):
 
 def test_compare_does_not_write_over_the_report_of_a_run(tmp_path):
     run = folder(tmp_path / "a", [{"step": 0}])
-    with pytest.raises(SystemExit, match="is a run: name another --out"):
+    with pytest.raises(SystemExit, match="--out is a run's folder"):
         eapo.main(["--compare", run, "--out", run])
 
 
