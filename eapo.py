@@ -866,8 +866,8 @@ def groups_at_once(c, width, tokens, group_size, free):
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
 # token, and its optimizer step. On a CPU one process has the whole model, in fp32, and samples from
 # it; --model tiny does so on a GPU too, in larger micro-batches. Any other model on GPUs, one or
-# many: each process has a shard of the fp32 weights and multiplies in bf16; a whole bf16
-# copy samples, so `rescore` takes logp and H from the policy; micro-batches are larger. Several
+# many: each process has a shard of the fp32 weights and multiplies in bf16; a whole bf16 copy
+# samples, so `rescore` takes logp and H from the policy; micro-batches are larger. Several
 # processes on CPUs: shards and a copy too, all in fp32, and no `rescore`.
 # --------------------------------------------------------------------------------------------------
 

@@ -1257,6 +1257,8 @@ def test_a_signal_ends_a_run_after_its_step_and_it_can_go_on(tmp_path):
     finished(process)
     step = len(open(out / "metrics.jsonl").readlines()) - 1
     assert os.listdir(out / "checkpoint") == [f"step-{step:06}"] and (out / "model").exists()
+    finished(start("odd", ["--resume", str(out), "--steps", str(step + 1), "--out", str(out)]))
+    assert sorted(os.listdir(out / "checkpoint"))[-1] == f"step-{step + 1:06}"
 
 
 def test_resuming_with_other_settings_or_data_is_refused(tmp_path, two_runs):
