@@ -6,7 +6,7 @@ policy optimization), and it gives each token of a response the same credit. Mos
 it: where the model was sure, there was no decision to praise. EAPO (entropy-aware policy
 optimization; He et al. 2026, arXiv 2604.11056, v1) therefore measures how unsure the model was at
 each token, its entropy H, and gives uncertain tokens a little more of the credit and of the blame,
-sure ones a little less. On top of GRPO, here with DAPO's clips and mean, that is (6) and (7).
+sure ones a little less. GRPO, here with DAPO's clips and mean, is (1) and (2); EAPO adds (6), (7).
 
     A_i     = (r_i - mean(r)) / std(r)                                   one number a response   (1)
     L       = - mean of min(rho A, clip(rho, 1-eps_low, 1+eps_high) A)                           (2)
@@ -14,7 +14,7 @@ sure ones a little less. On top of GRPO, here with DAPO's clips and mean, that i
     A^CA_t  = A + alpha sign(A) score_t                                  replaces A in (2)       (7)
 
 Equation numbers but (1) are the paper's. The mean of (2) is over all response tokens of a
-mini-batch, as in the authors' code; as they print it: --loss-mean group. std divides by n - 1.
+mini-batch, as in the authors' code (--loss-mean group: as in their text). std divides by n - 1.
 
     B prompts x G responses = N rows, the G responses to one prompt, a group, in adjacent rows
     T tokens of the longest response    V vocabulary    M tokens, flat    D size of hidden states
@@ -120,7 +120,8 @@ class Config:
     out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
     seed: int = flag(0, "seed of weights, data order and sampling")
     resume: str = flag("", "folder of a run to go on with")
-    save_every: int = flag(20, "steps between checkpoints; 0 = as a stopped or resumed run ends")
+    save_every: int = flag(20, "steps between checkpoints; 0 = only as a stopped or resumed run "
+                               "ends")
     compare: str = flag("", "RUN,RUN...: draw finished runs in one report.html in --out, stop")
     warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
                             "imitation before RL, for models that do not know the task")
@@ -142,7 +143,8 @@ class Config:
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
     quadrants: str = flag("", "of PHR,PLR,NLR,NHR: no credit elsewhere, (2) still divides by all")
-    without: str = flag("", "quadrants without the entropy term: there A stays in place of A^CA")
+    without: str = flag("", "quadrants without the entropy term: credit A there in place of A^CA, "
+                            "the same divisor")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
     clip_c: float = flag(3.0, "where A < 0, no push beyond rho = c, see `surrogate`; 0 = off")
@@ -179,7 +181,7 @@ def group_advantages(rewards, group_size):
 
     rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
     if it beat the other tries at its own prompt. If all G earn the same +1 or -1, every A is 0:
-    nothing is to be learned, and `roll_out` does not keep such a group for learning.
+    such a group counts in the metrics, and `roll_out` leaves it out of learning.
     """
     r = rewards.view(-1, group_size)                                          # (B, G)
     return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).flatten()  # (N,)  (1)
@@ -205,7 +207,7 @@ def entropy_score(A, H, mask, group_size, phi):
     (N,), (N, T), (N, T) -> (N, T), meaningless outside the mask. How unusual the uncertainty of a
     token is within its group, in standard deviations. The two-sided clip scales with |A|: entropy
     may refine an advantage and, if alpha < phi, which `check` demands, never overwhelm it. It is
-    what the paper calls "dual clipping"; the two clips of `surrogate` are others.
+    what the paper calls "dual clipping"; the two clips of `surrogate`, below, are others.
     """
     mu, sigma = entropy_mean_std(H, mask, group_size)
     bound = A.abs()[:, None] / phi                                            # (N, 1)
@@ -258,9 +260,9 @@ def surrogate(rho, A, clip_low, clip_high, clip_c):
 def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
     """- sum over tokens of mask * surrogate (2), mask 0 or 1 or any weight.  (N, T) each -> scalar.
 
-    A sum, not the mean of (2), so that a batch may be cut anywhere. For the mean, `learn` passes as
-    mask `token_weights`, which `descend` has divided by their sum. On a step's first mini-batch rho
-    is 1 but for rounding, and the gradient is the policy gradient, - sum of mask A grad log pi.
+    A sum, not the mean of (2), so that a batch may be cut anywhere; a mean where the weights add up
+    to 1 over the mini-batch, as those of `learn` do. On a step's first mini-batch rho is 1 but for
+    rounding, and the gradient is the policy gradient, - sum of mask A grad log pi.
     """
     rho = (logp - old_logp).exp()                                             # (N, T)
     return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
@@ -278,8 +280,8 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     """The credit of each token under a method: EAPO and those that the paper compares it with
     (appendix B.4).  A (N,), H (N, T), mask (N, T) -> (N, T), zero outside the mask.
 
-    grpo        A; not the textbook's: with DAPO's clips, token mean and resampling, without KL
-    dapo        A; grpo with a penalty on length, see METHODS (and with tiny the resampling)
+    grpo        A; not the textbook's: DAPO's clips, token mean, and resampling but for tiny; no KL
+    dapo        A; grpo with a penalty on length, see METHODS, and resampling for tiny too
     entroreg    A; grpo with a bonus for H in the loss, see `learn`
     kl-cov      A; no clips, but a penalty in the loss on tokens that `give_credit` marks
     forking     A where H >= tau, the lowest of the highest 20% of all H, else 0 (Wang et al. 2025)
@@ -287,10 +289,11 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
     A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
-    1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO). What needs
-    all tokens of the step, as tau, inf but for forking, is made in `give_credit`; what adds to the
-    loss, in `learn`. EAPO is the `if` below, `entropy_aware_advantages`, `entropy_score` and a name
-    in METHODS: delete them; make grpo the default. --alpha, --phi, --without are for eapo alone.
+    1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO). A number that
+    takes all tokens of the step, such as tau, is made in `give_credit`; what adds to the loss, in
+    `learn`. To take EAPO out, delete the `if` below, `entropy_aware_advantages`, `entropy_score`
+    and "eapo" in METHODS, and make "grpo" the default of `method`. --alpha, --phi and --without,
+    which only eapo reads, may then stay, idle.
     """
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
@@ -864,11 +867,11 @@ def groups_at_once(c, width, tokens, group_size, free):
 
 # --------------------------------------------------------------------------------------------------
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
-# token, and its optimizer step. On a CPU one process has the whole model, in fp32, and samples from
-# it; --model tiny does so on a GPU too, in larger micro-batches. Any other model on GPUs, one or
-# many: each process has a shard of the fp32 weights and multiplies in bf16; a whole bf16 copy
-# samples, so `rescore` takes logp and H from the policy; micro-batches are larger. Several
-# processes on CPUs: shards and a copy too, all in fp32, and no `rescore`.
+# token, and its optimizer step. On a CPU, and for --model tiny anywhere, one process has the whole
+# model, in fp32, and samples from it. Any other model on GPUs, one or many: each process has a
+# shard of the fp32 weights and multiplies in bf16; a whole bf16 copy samples, and as it rounds
+# otherwise, `rescore` takes logp and H from the policy. Several processes on CPUs: shards and a
+# copy too, all in fp32, and no `rescore`. On any GPU micro-batches are larger.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
