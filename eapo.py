@@ -120,8 +120,7 @@ class Config:
     out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
     seed: int = flag(0, "seed of weights, data order and sampling")
     resume: str = flag("", "folder of a run to go on with")
-    save_every: int = flag(20, "steps between checkpoints; 0 = only as a stopped or resumed run "
-                               "ends")
+    save_every: int = flag(20, "steps between checkpoints; 0 = when stopped, or resumed and done")
     compare: str = flag("", "RUN,RUN...: draw finished runs in one report.html in --out, stop")
     warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
                             "imitation before RL, for models that do not know the task")
@@ -143,8 +142,7 @@ class Config:
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
     quadrants: str = flag("", "of PHR,PLR,NLR,NHR: no credit elsewhere, (2) still divides by all")
-    without: str = flag("", "quadrants without the entropy term: credit A there in place of A^CA, "
-                            "the same divisor")
+    without: str = flag("", "quadrants without the entropy term: credit A there, same divisor")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
     clip_c: float = flag(3.0, "where A < 0, no push beyond rho = c, see `surrogate`; 0 = off")
@@ -170,8 +168,7 @@ def token_entropy(logits):
     """H = - sum_v p_v log p_v  in nats, p = softmax(logits).  (..., V) -> (...)
 
     0 when the policy is sure, log V when it has no idea. Written as log Z - sum_v p_v z_v. A token
-    forbidden by z = -inf counts 0, where 0 * -inf would be nan.
-    """
+    forbidden by z = -inf counts 0, where 0 * -inf would be nan."""
     p = logits.softmax(-1)
     return logits.logsumexp(-1) - (p * torch.where(p > 0, logits, 0)).sum(-1)
 
@@ -181,8 +178,7 @@ def group_advantages(rewards, group_size):
 
     rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
     if it beat the other tries at its own prompt. If all G earn the same +1 or -1, every A is 0:
-    such a group counts in the metrics, and `roll_out` leaves it out of learning.
-    """
+    such a group counts in the metrics, and `roll_out` leaves it out of learning."""
     r = rewards.view(-1, group_size)                                          # (B, G)
     return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).flatten()  # (N,)  (1)
 
@@ -191,8 +187,7 @@ def entropy_mean_std(H, mask, group_size):
     """mu_H and sigma_H: mean and sample deviation (n - 1) of H over all response tokens of a group.
 
     (N, T), (N, T) -> (N, 1), (N, 1), the same in the G rows of a group. A long response has more
-    tokens and so more say. sigma_H carries + 1e-6, for the group whose tokens are all alike.
-    """
+    tokens and so more say. sigma_H carries + 1e-6, for the group whose tokens are all alike."""
     m = mask.reshape(len(mask) // group_size, group_size, mask.shape[1])      # (B, G, T)
     h, n = H.reshape(m.shape), m.sum((1, 2), keepdim=True).clamp(min=1)
     mu = torch.where(m, h, 0).sum((1, 2), keepdim=True) / n                   # (B, 1, 1)
@@ -207,8 +202,7 @@ def entropy_score(A, H, mask, group_size, phi):
     (N,), (N, T), (N, T) -> (N, T), meaningless outside the mask. How unusual the uncertainty of a
     token is within its group, in standard deviations. The two-sided clip scales with |A|: entropy
     may refine an advantage and, if alpha < phi, which `check` demands, never overwhelm it. It is
-    what the paper calls "dual clipping"; the two clips of `surrogate`, below, are others.
-    """
+    what the paper calls "dual clipping"; the two clips of `surrogate`, below, are others."""
     mu, sigma = entropy_mean_std(H, mask, group_size)
     bound = A.abs()[:, None] / phi                                            # (N, 1)
     return ((H - mu) / sigma).clamp(-bound, bound)                            # (N, T)  (6)
@@ -223,8 +217,7 @@ def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
     stays within 1 +- alpha/phi, 0.9 to 1.1 at the defaults: with alpha < phi no sign can turn.
     alpha = 0 gives every token A, GRPO's advantage. detach: if a gradient flowed through H, the
     policy could earn by changing its uncertainty instead of its answers. The H of parts 5 and 7 has
-    no gradient anyway; detach protects other callers.
-    """
+    no gradient anyway; detach protects other callers."""
     score = entropy_score(A, H, mask, group_size, phi).detach()               # (N, T)
     return torch.where(mask, A[:, None] + alpha * A.sign()[:, None] * score, 0)     # (N, T)  (7)
 
@@ -238,8 +231,7 @@ def quadrants(rewards, H, mask, group_size):
     By r, not A: with --overlong a right response may be blamed, and stays in PHR and PLR.
     (N,), (N, T), (N, T) -> (N, T) int, 0 outside the mask. They split the response tokens, so the
     losses of the four, over one denominator, add up to the whole. In the paper the gains of
-    learning live in PHR, NHR.
-    """
+    learning live in PHR, NHR."""
     mu, _ = entropy_mean_std(H, mask, group_size)
     high, positive = H >= mu, rewards[:, None] >= 0                           # (N, T), (N, 1)
     return torch.where(positive, torch.where(high, 1, 2), torch.where(high, 4, 3)) * mask
@@ -251,8 +243,7 @@ def surrogate(rho, A, clip_low, clip_high, clip_c):
     (N, T), (N, T) -> (N, T). Once a good token is 1 + eps_high times as likely as when it was
     sampled, or a bad one 1 - eps_low times, pushing further pays nothing: the gradient is 0. A bad
     token that has become likelier is still pushed back, but no longer beyond rho = c, where rho A
-    is cut at c A (Ye et al. 2020, who call PPO with both clips dual-clip; clip_c = 0: no cut).
-    """
+    is cut at c A (Ye et al. 2020, who call PPO with both clips dual-clip; clip_c = 0: no cut)."""
     gain = torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)     # (N, T)  (2)
     return torch.where(A < 0, gain.clamp(min=clip_c * A), gain) if clip_c else gain
 
@@ -262,8 +253,7 @@ def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
 
     A sum, not the mean of (2), so that a batch may be cut anywhere; a mean where the weights add up
     to 1 over the mini-batch, as those of `learn` do. On a step's first mini-batch rho is 1 but for
-    rounding, and the gradient is the policy gradient, - sum of mask A grad log pi.
-    """
+    rounding, and the gradient is the policy gradient, - sum of mask A grad log pi."""
     rho = (logp - old_logp).exp()                                             # (N, T)
     return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
 
@@ -276,7 +266,7 @@ def token_weights(mask, group_size, loss_mean):
     return mask / tokens if loss_mean == "group" else mask.float()
 
 
-def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
+def credit_rule(method, A, H, mask, group_size, alpha, phi):
     """The credit of each token under a method: EAPO and those that the paper compares it with
     (appendix B.4).  A (N,), H (N, T), mask (N, T) -> (N, T), zero outside the mask.
 
@@ -289,18 +279,17 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi, tau):
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
     A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
-    1, and a line in `rules`, where A is (N, 1) by then (without the line it is GRPO). A number that
-    takes all tokens of the step, such as tau, is made in `give_credit`; what adds to the loss, in
-    `learn`. To take EAPO out, delete the `if` below, `entropy_aware_advantages`, `entropy_score`
-    and "eapo" in METHODS, and make "grpo" the default of `method`. --alpha, --phi and --without,
-    which only eapo reads, may then stay, idle.
-    """
+    1, and a line in `rules`, where A is (N, 1) by then and all rows of the step are there (without
+    the line it is GRPO). What adds to the loss goes into `learn`. To take EAPO out, delete the `if`
+    below, `entropy_aware_advantages`, `entropy_score` and "eapo" in METHODS, and make "grpo" the
+    default of `method`; --alpha, --phi and --without, which only eapo reads, may stay, idle."""
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
     A = A[:, None]                                                            # (N, 1)
-    rules = {"forking": A * (H >= tau), "w-reinforce": torch.where(A > 0, 0.1 * A, A),
-             "entroadv": A + torch.minimum(0.4 * H, A.abs() / 2)}
-    return rules.get(method, A).detach() * mask                               # (N, T)
+    rules = {"forking": lambda: A * (H >= H[mask].topk(math.ceil(int(mask.sum()) / 5)).values[-1]),
+             "entroadv": lambda: A + torch.minimum(0.4 * H, A.abs() / 2),
+             "w-reinforce": lambda: torch.where(A > 0, 0.1 * A, A)}
+    return rules.get(method, lambda: A)().detach() * mask                     # (N, T)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,7 +329,7 @@ LEVEL = {**dict.fromkeys([*"$)]}|", r"\end"], 0), r"\\": 1, "&": 2, ",": 3, ":":
 
 def extract_answer(response):
     """The content of the last complete \\boxed{...}; None if there is none among the last 20."""
-    for piece in response.rsplit(r"\boxed{", 20)[:0:-1]:
+    for piece in reversed(response.rsplit(r"\boxed{", 20)[1:]):
         depth = 1
         for i, (before, character) in enumerate(zip(" " + piece, piece[:LONGEST])):
             depth += {"{": 1, "}": -1}.get(character, 0) * (before != "\\")
@@ -351,10 +340,10 @@ def extract_answer(response):
 def scan(text, thousands):
     """The tokens of LaTeX; mere notation leaves none, a subscript stays with its symbol: 204_5. A
     quote marks words: letters in \\text{..} and runs of over three. Other runs are products."""
-    runs, tokens, prose, kind = [], [""], False, None
-    for c in reversed(text):                                         # the next run is the last
-        kind, after = KINDS.get(c), kind
-        runs[-1:] = [c + runs[-1]] if kind and kind == after else [*runs[-1:], c]
+    runs, tokens, prose = [], [""], False
+    for kind, run in groupby(text, KINDS.get):                       # "12", "abc", but "+", "{"
+        runs += ["".join(run)] if kind else run
+    runs.reverse()                                                   # the next run is the last
     while runs:
         run, last = runs.pop(), tokens[-1]
         if run == "\\" and runs:
@@ -364,7 +353,8 @@ def scan(text, thousands):
             run = run[0]
         token, coming = ALIASES.get(run, run), runs[-1] if runs else ""
         if token in ("_", r"\begin", r"\end"):
-            group = "".join(runs.pop() for _ in runs[-3 if coming == "{" else -1:])  # 12 or {12}
+            size = 3 if coming == "{" else 1                         # {12} or 12
+            group = "".join(runs.pop() for _ in runs[-size:])
             tokens[-1:] = [last + "_" + group.strip("{}")] if token == "_" else [last, token]
         elif token == r"\text" or prose and token == "}":
             prose = token == r"\text" and coming == "{" and bool(runs.pop())
@@ -400,7 +390,8 @@ def expression(tokens, level=0):
 
     A number is a list, of one value or of three where variables touch it; all else is a tuple of
     kind and parts: , \\{} in any order, () (] [) [] & \\\\ : in order, = <, _ with a base."""
-    whole, sign = tokens[-1].isdecimal(), tokens.pop() if tokens[-1] in ("-", "+") else ""
+    whole = tokens[-1].isdecimal()
+    sign = tokens.pop() if tokens[-1] in ("-", "+") else ""
     value = compute(sign, ZERO, expression(tokens, max(level, SUM))) if sign else operand(tokens)
     if whole and tokens[-1] == r"\frac":                             # 1\frac45 is 1 + 4/5
         part = operand(tokens)
@@ -417,10 +408,11 @@ def expression(tokens, level=0):
             return value
         elif strength < SUM:
             value = (symbol, value)
-            while tokens[-1] == symbol and tokens.pop():
+            while tokens[-1] == symbol:
+                tokens.pop()
                 value += (expression(tokens, strength),)
-            if symbol in ">≥":
-                value = ("<≤"[symbol == "≥"], *value[:0:-1])         # 3 > x is x < 3
+            if symbol in ">≥":                                       # 3 > x is x < 3
+                value = ("<" if symbol == ">" else "≤", *reversed(value[1:]))
         else:
             operator = tokens.pop() if symbol in (*"+-*/^",) else "*"
             value = compute(operator, value, expression(tokens, strength + (strength == PRODUCT)))
@@ -506,7 +498,10 @@ def agree(ours, theirs, slack):
 
 
 def equal(ours, theirs):
-    """Whether two lists of tokens are the same or mean the same; False if they are unreadable."""
+    """Whether two lists of tokens are the same or mean the same; False if they are unreadable.
+
+    x = in front of a value is left out. Of a gold with decimals of three digits or more, all that
+    rounds to it is equal, within 0.11%: the slack, for the whole of it."""
     if ours == theirs or len(ours + theirs) > 2 * MOST_TOKENS:
         return ours == theirs != []
     for one, other in ((ours, theirs), (theirs, ours)):
@@ -516,8 +511,8 @@ def equal(ours, theirs):
             one[:] = as_intervals(one)
     with contextlib.suppress(ArithmeticError, ValueError, TypeError, IndexError, RecursionError):
         decimals = [[int(t.replace(".", "")) for t in x if "." in t[1:]] for x in (ours, theirs)]
-        ours_half, half = (0.5 / (max(numbers, default=0) or math.inf) for numbers in decimals)
-        slack = max(min(ours_half, 2e-6), min(half, 1.1e-3) * (half <= 0.005))
+        our_half, half = (0.5 / (max(numbers, default=0) or math.inf) for numbers in decimals)
+        slack = max(min(our_half, 2e-6), min(half, 1.1e-3) * (half <= 0.005))
         return agree(calculate(ours), calculate(theirs), slack)
     return False
 
@@ -562,8 +557,7 @@ def pupil(a, b, rng):
 
     Columns run from the right. Pupils carry when a sum feels big, with probability
     sigmoid((sum - 12.5) / 1.5): to write +1 or not is a fork that decides the answer. Which digit
-    of a column comes first is a fork that decides nothing. All other tokens are routine.
-    """
+    of a column comes first is a fork that decides nothing. All other tokens are routine."""
     columns, result, total = [], "", 0
     for x, y in zip(reversed(f"{a:04}"), reversed(f"{b:04}")):
         carry = rng.random() < 1 / (1 + math.exp((12.5 - total) / 1.5)) if columns else 0
@@ -656,9 +650,8 @@ def render(tokenizer, problem):
     """A problem as prompt tokens. The chat template, if any, writes BOS itself, so none is added to
     it; without one, the paper's suffix is put behind the problem and the tokenizer's BOS before."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": problem}], tokenize=False,
-                                             add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False).input_ids
+        return tokenizer.apply_chat_template([{"role": "user", "content": problem}],
+                                             add_generation_prompt=True)["input_ids"]
     ids = tokenizer(problem + SUFFIX).input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
@@ -684,17 +677,16 @@ class Stream:
 
 @dataclass
 class Batch:
-    """N responses, the G responses to one prompt in adjacent rows.
-
-    Rows are right-padded: prompt, response, zeros. Masks come from the lengths and never from
-    token values, so it does not matter that many models pad with their stop token.
-    """
+    """N responses, the G responses to one prompt in adjacent rows; in host memory, but for the
+    micro-batch that a GPU works on. Rows are right-padded: prompt, response, zeros. Masks come from
+    the lengths, never from token values, as many models pad with their stop token."""
     ids: torch.Tensor               # (N, L) prompt, then response
     prompt_len: torch.Tensor        # (N,)   tokens
     response_len: torch.Tensor      # (N,)   tokens, the stop token included
     logp: torch.Tensor = None       # (N, T) log pi_old of each response token, nats
     H: torch.Tensor = None          # (N, T) entropy of pi_old before each response token, nats
     ended: torch.Tensor = None      # (N,)   the model stopped by itself; False: truncated
+    gap: torch.Tensor = None        # (N,)   sum of |log pi_sampler - log pi_old|, nats
     number: torch.Tensor = None     # (N,)   of the problem in its stream
     right: torch.Tensor = None      # (N,)   the verifier's verdict
     reward: torch.Tensor = None     # (N,)   r
@@ -702,6 +694,7 @@ class Batch:
     credit: torch.Tensor = None     # (N, T) A^CA or what another method makes of A, 0 outside mask
     quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside mask
     penalty: torch.Tensor = None    # (N, T) KL-Cov: True where |log rho| is added to the loss
+    weight: torch.Tensor = None     # (N, T) what each token counts in the loss
 
     @property
     def mask(self):
@@ -710,25 +703,27 @@ class Batch:
         return torch.arange(T, device=self.ids.device) < self.response_len[:, None]
 
     def rows(self, i):
-        """The Batch of rows i (indices or True/False), cut to its own longest row."""
-        L, T = (max(x[i].tolist(), default=0)
-                for x in (self.prompt_len + self.response_len, self.response_len))
-        cut = lambda name, x: x[i] if x.dim() == 1 else x[i][:, :L if name == "ids" else T]
-        return Batch(**{name: cut(name, x) for name, x in vars(self).items() if x is not None})
+        """The Batch of rows i (indices, a slice or True/False), cut to its own longest row."""
+        few = Batch(**{name: x[i] for name, x in vars(self).items() if x is not None})
+        L, T = max((few.prompt_len + few.response_len).tolist(), default=0), few.mask.shape[1]
+        return Batch(**{name: x if x.dim() == 1 else x[:, :L if name == "ids" else T]
+                        for name, x in vars(few).items() if x is not None})
+
+    def to(self, device):
+        return Batch(**{name: x.to(device) for name, x in vars(self).items() if x is not None})
 
     def response(self, i):
         """The tokens of response i, a list of ids."""
         return self.ids[i, self.prompt_len[i]:][:self.response_len[i]].tolist()
 
 
-def pack(prompts, responses, device):
+def pack(prompts, responses):
     """Lists of token ids, one pair a row -> a Batch with ids and lengths, logp and H of zeros, all
     responses ended."""
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)] or [torch.zeros(0)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:len(prompts)].long()
-    lengths = [torch.tensor([*map(len, x)], dtype=torch.long) for x in (prompts, responses)]
-    batch = Batch(*(x.to(device) for x in (ids, *lengths)))
-    logp, H = torch.zeros(2, *batch.mask.shape, device=device)
+    batch = Batch(ids, *(torch.tensor([*map(len, x)]).long() for x in (prompts, responses)))
+    logp, H = torch.zeros(2, *batch.mask.shape)
     return replace(batch, logp=logp, H=H, ended=batch.response_len >= 0)
 
 
@@ -744,11 +739,9 @@ def join(batches):
 
 def log_prob_and_entropy(logits, tokens, temperature):
     """log pi(token) and H of pi = softmax(logits / temperature), over the full vocabulary in fp32.
-
     (M, V), (M,) -> (M,), (M,). The sampling loop, `rescore` and the update all come here.
     Temperature 0, which draws greedily, counts as 1. top_p does not enter: tokens are drawn from a
-    truncated pi, but pi_old and rho are those of all of it, as in verl.
-    """
+    truncated pi, but pi_old and rho are those of all of it, as in verl."""
     logits = logits.float() / (temperature or 1.0)
     logp = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
     return logp, token_entropy(logits)
@@ -792,7 +785,6 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
 
 def attention_of_one_token(module, q, k, v, mask, scaling=None, **how):
     """softmax(q k / sqrt(d)) v  for the newest token of each row; all else goes to torch's sdpa.
-
     q (rows, heads, 1, d), k and v (rows, fewer heads, S, d): a key serves several query heads,
     which take the place of positions here. sdpa, given a mask, would copy a key for each of them.
     """
@@ -811,15 +803,13 @@ transformers.AttentionMaskInterface.register("one token", sdpa_mask)
 @torch.no_grad()
 def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
     """G responses to each prompt -> a Batch of N rows: decoding, written out.
-
     Each prompt is read once and its KV cache repeated G times, then one token at a time is drawn
     for all rows. A row that drew a stop token is finished, the stop token belonging to it; finished
     rows leave the batch once they are a fifth of it. Prompts are padded on the left, so that all
     rows draw their next token in the same column. Every token is drawn by a number that depends on
     its prompt's seed, its try and its place alone (given G and max_tokens): the same dice fall on
     one GPU or eight, and in a resumed run. logp and H come free from the logits, before top_p; of a
-    bf16 copy, `rescore` will replace them.
-    """
+    bf16 copy, `rescore` will replace them."""
     device, P, stop = lm.device, max(map(len, prompts)), torch.tensor(stop_ids, device=lm.device)
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
     seen = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -848,10 +838,10 @@ def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_id
         new, position = token[:, None], seen.sum(1, keepdim=True)                      # (rows, 1)
         seen = torch.cat([seen, torch.ones_like(position)], 1)
     responses = [x[:n] for x, n in zip(tokens.tolist(), length.tolist())]
-    batch = pack([p for p in prompts for _ in range(group_size)], responses, device)
-    logp, H = (torch.where(batch.mask, x[:, :batch.mask.shape[1]], 0) for x in (logp, H))
+    batch = pack([p for p in prompts for _ in range(group_size)], responses)
+    logp, H = (torch.where(batch.mask, x.cpu()[:, :batch.mask.shape[1]], 0) for x in (logp, H))
     ended = torch.isin(tokens.gather(1, length[:, None] - 1)[:, 0], stop)              # (N,)
-    return replace(batch, logp=logp, H=H, ended=ended)
+    return replace(batch, logp=logp, H=H, ended=ended.cpu())
 
 
 def groups_at_once(c, width, tokens, group_size, free):
@@ -885,8 +875,7 @@ class ChunkedLogProbAndEntropy(torch.autograd.Function):
     chunk at a time, in forward and again in backward, where the gradients at the logits z are
 
         d log pi(o) / d z_v = [v = o] - p_v          (5): it vanishes where pi is sure of o
-        d H / d z_v         = - p_v (log p_v + H)    z: logits over the temperature
-    """
+        d H / d z_v         = - p_v (log p_v + H)    z: logits over the temperature"""
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature):
         rows = max(1, CHUNK // len(weight))
@@ -923,12 +912,10 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch, temperature):
         """logp and H of every response token under the current weights: (N, T), (N, T), 0 outside.
-
         The hidden state at position p predicts token p + 1, so response token t, which stands at
         prompt_len + t, is predicted one to its left. Padding is on the right, where a causal model
         cannot see it from any real token, so no attention mask is needed. A batch without rows
-        runs through the model too: on several GPUs all must run as often as the busiest.
-        """
+        runs through the model too: on several GPUs all must run as often as the busiest."""
         ids, mask = batch.ids, batch.mask
         hidden = self.lm.get_decoder()(input_ids=ids if len(ids) else ids.new_zeros(1, 1),
                                        use_cache=False).last_hidden_state              # (N, L, D)
@@ -970,15 +957,15 @@ class Run:
     exams: dict = field(default_factory=dict)           # {short name: problems}
     rows: list = field(default_factory=list)            # of metrics.jsonl
     lines: list = field(default_factory=list)           # results of exams, as printed
-    clock: Counter = field(default_factory=Counter)     # of this step: seconds, peak bytes, gap
+    clock: Counter = field(default_factory=Counter)     # of this step: seconds, peak bytes
 
     @contextlib.contextmanager
     def timed(self, phase):
         """Add the time of a with-block to the clock, and its peak of GPU memory."""
-        start, cuda, name = time.perf_counter(), self.world.device.type == "cuda", f"bytes_{phase}"
+        start, name, cuda = time.perf_counter(), f"bytes_{phase}", torch.cuda.is_available()
+        self.world.phase = phase
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        self.world.phase = phase
         yield
         self.clock[f"seconds_{phase}"] += time.perf_counter() - start
         self.clock[name] = max(self.clock[name], torch.cuda.max_memory_allocated() if cuda else 0)
@@ -1042,27 +1029,23 @@ def micro_batches(run, batch):
     return cuts + [order[:0]] * (max(run.world.gather(len(cuts))) - len(cuts))
 
 
-def descend(run, optimizer, batch, weight, loss_of):
-    """One optimizer step on the sum of loss_of over micro-batches that fit in memory.
-
-    weight (N, T); loss_of(micro-batch, its normalised weights, logp, H) -> scalar. The weights are
-    divided by their sum over all processes, known before the first backward. -> this process' part
-    of the loss, and the norm of the gradient before it is clipped to 1.
-    """
+def descend(run, optimizer, batch, loss_of):
+    """One optimizer step on the sum of loss_of(micro-batch, logp, H) over micro-batches that fit in
+    memory. batch.weight is first divided by its sum over all processes, so that a sum weighted by
+    it is a mean. -> the loss, and the norm of the gradient before it is clipped to 1."""
     world, loss = run.world, 0.0
-    weight = weight / sum(world.gather(float(weight.sum())))                  # sum to 1 in all
+    batch.weight = batch.weight / sum(world.gather(float(batch.weight.sum())))
     for i in micro_batches(run, batch):
-        micro = batch.rows(i)
-        logp, H = run.policy(micro, run.cfg.temperature)                      # (n, T)
-        part = loss_of(micro, weight[i][:, :logp.shape[1]], logp, H)
+        micro = batch.rows(i).to(world.device)
+        part = loss_of(micro, *run.policy(micro, run.cfg.temperature))
         (part * world.size).backward()      # FSDP will average over GPUs what is to be summed
         loss += float(part.detach())
     norm = float(world.whole(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0)))
     need(math.isfinite(norm), f"the gradient is {norm}; nothing was changed by it. Look at the "
                               "learning rate and the last lines of metrics.jsonl")
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    optimizer.zero_grad()
+    return sum(world.gather(loss)), norm
 
 
 def learn(run, optimizer, mini):
@@ -1070,81 +1053,83 @@ def learn(run, optimizer, mini):
     number: the paper names none), and kl-cov mean(penalty * |log rho|), means as that of (2).
 
     -> the loss; the gradient norm; how many tokens had their gradient stopped by `surrogate`;
-    and H under the current weights minus H when sampled, summed by quadrant, (5,): what the earlier
-    mini-batches of the step did to the entropy. All but the norm are this process' part.
-    """
-    cfg, clipped, drift = run.cfg, 0, 0
+    and H under the current weights minus H when sampled, summed by quadrant, (5,)."""
+    cfg, seen = run.cfg, torch.zeros(6, dtype=torch.double)
     clips = cfg.clip_low, cfg.clip_high, cfg.clip_c
 
-    def loss_of(micro, w, logp, H):
-        nonlocal clipped, drift
-        loss = policy_loss(logp, micro.logp, micro.credit, w, *clips)         # (2)
+    def loss_of(micro, logp, H):
+        A, m, w = micro.credit, micro.mask, micro.weight
+        loss = policy_loss(logp, micro.logp, A, w, *clips)                    # (2)
         if cfg.method == "entroreg":
             loss = loss - 0.001 * (H * w).sum()
         if cfg.method == "kl-cov":
             loss = loss + ((logp - micro.logp).abs() * micro.penalty * w).sum()
         with torch.no_grad():
-            rho, A, m = (logp - micro.logp).exp(), micro.credit, micro.mask
-            clipped += ((surrogate(rho, A, *clips) != rho * A) & m).sum()
-            drift += torch.bincount(micro.quadrant[m], (H - micro.H)[m].double(), 5)
+            rho = (logp - micro.logp).exp()
+            seen[0] += ((surrogate(rho, A, *clips) != rho * A) & m).sum().cpu()
+            seen[1:] += torch.bincount(micro.quadrant[m], (H - micro.H)[m].double(), 5).cpu()
         return loss
 
-    weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)          # (N, T)
-    loss, norm = descend(run, optimizer, mini, weight, loss_of)
+    mini.weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)     # (N, T)
+    loss, norm = descend(run, optimizer, mini, loss_of)
+    clipped, *drift = sum(run.world.gather(seen)).tolist()
     return loss, norm, clipped, drift
 
 
 def imitate(run, problems):
     """Warm-up: make worked solutions likelier, token by token, so that RL has something to mark.
-
     RL can only reinforce what the model already tries now and then. The loss is - mean log p over
     the tokens of the solutions and their stop tokens, cut to max_response_tokens, at the sampling
-    temperature: (2) with log p in the place of rho A.
-    """
+    temperature: (2) with log p in the place of rho A."""
     cfg, world, stream = run.cfg, run.world, Stream(problems, run.cfg.seed)
     optimizer = torch.optim.AdamW(run.policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    with world.bar(range(cfg.warmup_steps), "warm-up") as bar:
-        for step in bar:
-            left = 1 - step / cfg.warmup_steps
-            rate = cfg.warmup_learning_rate * min(1.0, (step + 1) / 20, left / 0.3)
-            optimizer.param_groups[0]["lr"] = rate
-            mine = world.share([p for _, p in stream.take(16)])
-            responses = [run.tokenizer(str(p.solution), add_special_tokens=False).input_ids
-                         + run.stop_ids[:1] for p in mine]
-            responses = [r[:cfg.max_response_tokens] for r in responses]
-            batch = pack([p.ids for p in mine], responses, world.device)
-            loss, _ = descend(run, optimizer, batch, batch.mask.float(),
-                              lambda micro, w, logp, H: -(logp * w).sum())
-            bar.set_postfix_str(f"loss {sum(world.gather(loss)):.3f} nats a token", refresh=False)
-            if world.asked_to_stop():
-                break
+    bar = world.bar(range(cfg.warmup_steps), "warm-up")
+    for step in bar:
+        left = 1 - step / cfg.warmup_steps
+        rate = cfg.warmup_learning_rate * min(1.0, (step + 1) / 20, left / 0.3)
+        optimizer.param_groups[0]["lr"] = rate
+        mine = world.share([p for _, p in stream.take(16)])
+        responses = [run.tokenizer(str(p.solution), add_special_tokens=False).input_ids
+                     + run.stop_ids[:1] for p in mine]
+        batch = pack([p.ids for p in mine], [r[:cfg.max_response_tokens] for r in responses])
+        batch.weight = batch.mask.float()
+        loss, _ = descend(run, optimizer, batch,
+                          lambda micro, logp, H: -(logp * micro.weight).sum())
+        bar.set_postfix_str(f"loss {loss:.3f} nats a token", refresh=False)
+        if world.asked_to_stop():
+            break
+    bar.close()
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 7. Try, mark, compare, look. On several GPUs each process works on its share of the problems,
-# and what must be known of all of them goes through `world.gather`.
+# Part 7. Try, mark, compare, look. On several GPUs each process samples and marks its share of the
+# problems; then all have the whole Batch, and learn from a share of each mini-batch.
 # --------------------------------------------------------------------------------------------------
 
 def attempt(run, numbered, what, n, temperature, top_p):
-    """n responses to each of this process' share of (number, problem) pairs, marked: a Batch with
-    `number`, `right` and `reward`, +1 or -1 (less with --overlong). The dice depend on the seed, on
-    `what` (training or the exam's name) and on the number."""
+    """n responses to each (number, problem), marked: a Batch, by number, with `right` and `reward`,
+    +1 or -1 (less with --overlong). The dice depend on the seed, on `what` (training or the exam's
+    name) and on the number. A reward of your own: set `reward` here; `right` stays the verdict, by
+    which exams count and `roll_out` keeps groups."""
     cfg, lm, mine = run.cfg, run.fill_sampler(), run.world.share(numbered)
     longest = max((len(p.ids) for _, p in mine), default=0) + cfg.max_response_tokens
     k, _ = groups_at_once(lm.config, lm.dtype.itemsize, longest, n, run.world.free())
     seeds = [crc32(f"{cfg.seed} {what} {number}".encode()) for number, _ in mine]
     with run.timed("sample"):
-        batch = join([pack([], [], lm.device)] + [
+        batch = join([pack([], [])] + [
             sample_loop(lm, [p.ids for _, p in mine[i:i + k]], n, cfg.max_response_tokens,
                         temperature, top_p, run.stop_ids, seeds[i:i + k])
             for i in run.world.bar(range(0, len(mine), k), "sampling", 5, leave=False)])
+    theirs = batch.logp
     if run.world.bf16:
-        run.clock["gap"] += rescore(run, batch, temperature)
-    batch.number = torch.tensor([number for number, _ in mine for _ in range(n)],
-                                dtype=torch.long, device=lm.device)
-    batch.right = torch.tensor([is_correct(text, mine[i // n][1].answer) for i, text in
-                                enumerate(texts(run, batch))], dtype=torch.bool, device=lm.device)
+        rescore(run, batch, temperature)
+    batch.gap = (theirs - batch.logp).abs().sum(1)
+    batch.number = torch.tensor([number for number, _ in mine]).long().repeat_interleave(n)
+    batch.right = torch.tensor([is_correct(text, mine[i // n][1].answer)
+                                for i, text in enumerate(texts(run, batch))]).bool()
+    batch = join(run.world.gather(batch))
+    batch = batch.rows(batch.number.argsort(stable=True))
     batch.reward = torch.where(batch.right, 1.0, -1.0)
     if cfg.overlong:            # DAPO's soft penalty, 0 to -1 over the last share of the tokens
         last = cfg.overlong * cfg.max_response_tokens
@@ -1154,38 +1139,34 @@ def attempt(run, numbered, what, n, temperature, top_p):
 
 def texts(run, batch):
     """The responses as text, without stop tokens and the like."""
-    return run.tokenizer.batch_decode([batch.response(i) for i in range(len(batch.ids))],
+    return run.tokenizer.batch_decode([*map(batch.response, range(len(batch.ids)))],
                                       skip_special_tokens=True)
 
 
 @torch.no_grad()
 def rescore(run, batch, temperature):
     """Set logp and H of a batch to those of the policy itself, so that rho compares it with itself:
-    the sampler, a bf16 copy with a KV cache, rounds otherwise. -> how far the two are apart, the
-    sum over tokens of |log pi_sampler - log pi_old| in nats."""
+    the sampler, a bf16 copy with a KV cache, rounds otherwise."""
     with run.timed("score"):
-        theirs, mask = batch.logp, batch.mask
-        batch.logp, batch.H = torch.zeros(2, *mask.shape, device=batch.ids.device)
+        batch.logp, batch.H = torch.zeros(2, *batch.mask.shape)
         for i in micro_batches(run, batch):
-            for mine, new in zip((batch.logp, batch.H), run.policy(batch.rows(i), temperature)):
-                mine[i, :new.shape[1]] = new
-    return float((theirs - batch.logp)[mask].abs().sum())
+            logp, H = run.policy(batch.rows(i).to(run.world.device), temperature)
+            batch.logp[i, :logp.shape[1]], batch.H[i, :H.shape[1]] = logp.cpu(), H.cpu()
 
 
 def roll_out(run, stream):
     """Try and mark, until prompts_per_step groups can teach something or the rounds are used up:
-    a Batch of all that this process tried, `kept` where it can teach.
+    a Batch of all that was tried, `kept` where it can teach.
 
     A group that is all right or all wrong teaches nothing about being right: its A are 0, or with
     --overlong about length alone. It is never learned from; while rounds are left, other problems
-    are tried in its place (dynamic sampling).
-    """
+    are tried in its place (dynamic sampling)."""
     cfg, G, tried, missing = run.cfg, run.cfg.group_size, [], run.cfg.prompts_per_step
     while missing and len(tried) <= cfg.resample:
         batch = attempt(run, stream.take(missing), "train", G, cfg.temperature, cfg.top_p)
         right = batch.right.view(-1, G)
         batch.kept = (right.any(1) & ~right.all(1)).repeat_interleave(G)
-        missing -= sum(run.world.gather(int(batch.kept.sum()))) // G
+        missing -= int(batch.kept.sum()) // G
         tried.append(batch)
     return join(tried)
 
@@ -1194,23 +1175,18 @@ def give_credit(run, batch):
     """Set batch.quadrant and what each token is reinforced by under cfg.method: batch.credit, and
     for kl-cov batch.penalty.
 
-    mu_H is of a group; tau, and the quantile and means of kl-cov, are over all response tokens of
-    the step, dropped groups too, on all GPUs. kl-cov marks the 0.2% of tokens of highest
-    (logp - mean)(A - mean), where entropy falls fastest, for a penalty (Cui et al. 2025).
-    """
+    kl-cov marks the 0.2% of the step's tokens, dropped groups too, of highest
+    (logp - mean)(A - mean), where entropy falls fastest, for a penalty (Cui et al. 2025)."""
     cfg, H, mask, G = run.cfg, batch.H, batch.mask, run.cfg.group_size
-    of_all = lambda x: torch.cat([part.to(H.device) for part in run.world.gather(x[mask].cpu())])
-    top = lambda x, share: x.topk(max(1, round(share * len(x)))).values[-1]
     A = group_advantages(batch.reward, G)                                               # (1)
     batch.quadrant = quadrants(batch.reward, H, mask, G)
-    tau = top(of_all(H), 0.2) if cfg.method == "forking" else math.inf
-    batch.credit = credit_rule(cfg.method, A, H, mask, G, cfg.alpha, cfg.phi, tau)      # (7)
+    batch.credit = credit_rule(cfg.method, A, H, mask, G, cfg.alpha, cfg.phi)           # (7)
     if cfg.method == "kl-cov":
         logp, credit = batch.logp, batch.credit
-        cov = (logp - of_all(logp).mean()) * (credit - of_all(credit).mean())
-        batch.penalty = mask & (cov >= top(of_all(cov), 0.002))
+        cov = (logp - logp[mask].mean()) * (credit - credit[mask].mean())
+        batch.penalty = mask & (cov >= cov[mask].topk(math.ceil(int(mask.sum()) / 500)).values[-1])
     within = lambda names: torch.isin(batch.quadrant, torch.tensor(
-        [1 + QUADRANTS.index(q) for q in names.split(",") if q], device=H.device))
+        [1 + QUADRANTS.index(q) for q in names.split(",") if q]))
     if cfg.without:
         batch.credit = torch.where(within(cfg.without), A[:, None], batch.credit)
     if cfg.quadrants:
@@ -1219,13 +1195,12 @@ def give_credit(run, batch):
 
 def mini_batches(run, batch):
     """The kept groups, in the order of the stream, which is random, cut evenly into mini-batches of
-    at most prompts_per_minibatch: this process' rows of each, which may be none."""
-    kept = batch.number[batch.kept][::run.cfg.group_size].tolist()      # of this process
-    order = sorted(sum(run.world.gather(kept), []))
-    parts = -(-len(order) // run.cfg.prompts_per_minibatch)     # rounded up; 0 without such groups
+    at most prompts_per_minibatch: this process' share of each, which may be none."""
+    groups = batch.kept.nonzero().view(-1, run.cfg.group_size)                  # (groups, G)
+    parts = -(-len(groups) // run.cfg.prompts_per_minibatch)    # rounded up; 0 without such groups
     for k in range(parts):
-        part = order[k * len(order) // parts:(k + 1) * len(order) // parts]
-        yield batch.rows(torch.isin(batch.number, torch.tensor(part, device=batch.ids.device)))
+        part = groups[k * len(groups) // parts:(k + 1) * len(groups) // parts]
+        yield batch.rows(run.world.share(part).flatten())
 
 
 def proxy_information(counts):
@@ -1233,8 +1208,7 @@ def proxy_information(counts):
     bins) of tokens of wrong and right responses.
 
     The mutual information of a token's entropy and its response's verdict: 0 if both have the same
-    histogram. Counting alone gives about bins / (2 tokens) too much.
-    """
+    histogram. Counting alone gives about bins / (2 tokens) too much."""
     nats = lambda x: float(-torch.special.xlogy(x / x.sum(), x / x.sum()).sum())
     counts = counts.double()
     return nats(counts.sum(0)) - sum(float(row.sum() / counts.sum()) * nats(row)
@@ -1242,40 +1216,33 @@ def proxy_information(counts):
 
 
 def measure(run, batch, updates, start):
-    """The metrics of the step that began at start, of all processes: loss, gradient, clips and
-    quadrants of the groups learned from, the others of all that was tried. Also H as a histogram
-    (2, 32), in bins of 0.125 nats, of wrong and right responses."""
+    """The metrics of the step that began at start: loss, gradient, clips and quadrants of the
+    groups learned from, the others of all that was tried. Also H as a histogram (2, 32), in bins of
+    0.125 nats, of wrong and right responses."""
     mask, right = batch.mask, batch.right.view(-1, run.cfg.group_size)
-    learned = mask & batch.kept[:, None]
-    by_quadrant = lambda x: torch.bincount(batch.quadrant[learned], x[learned].double(), 5)
+    rows, tokens, learned = len(mask), int(mask.sum()), mask & batch.kept[:, None]
     bins = (batch.H / 0.125).long().clamp(max=31) + 32 * batch.right[:, None]
-    losses, norms, clipped, drifts = zip(*updates or [(0.0, 0.0, 0, torch.zeros(5))])
-    sums = dict(
-        rows=right.numel(), reward=batch.reward.sum(), right=right.sum(), tokens=mask.sum(),
-        nats=batch.H.sum(), ended=batch.ended.sum(), groups=len(right), gap=run.clock["gap"],
-        all_right=right.all(1).sum(), all_wrong=(~right).all(1).sum(),
-        histogram=torch.bincount(bins[mask], minlength=64), loss=sum(losses) / len(losses),
-        clipped=sum(clipped), drift=sum(drifts), share=torch.stack([by_quadrant(x) for x in (
-            mask, batch.credit.abs(), batch.H)]))
-    parts = run.world.gather({key: torch.as_tensor(x).cpu() for key, x in sums.items()})
-    s = {key: sum(part[key] for part in parts) for key in sums}
-    rows, tokens, histogram = int(s["rows"]), int(s["tokens"]), s["histogram"].view(2, 32)
-    seconds, by_phase = time.perf_counter() - start, ("sample", "score", "update")
-    m = dict(reward=s["reward"] / rows, solve_rate=s["right"] / rows, entropy=s["nats"] / tokens,
-             information=proxy_information(histogram), response_tokens=tokens,
-             response_length=tokens / rows, truncated=1 - s["ended"] / rows,
-             groups=int(s["groups"]), groups_all_right=int(s["all_right"]),
-             groups_all_wrong=int(s["all_wrong"]), loss=s["loss"],
-             grad_norm=sum(norms) / len(norms), sampler_gap=s["gap"] / tokens,
-             clip_fraction=s["clipped"] / s["share"][0].sum().clamp(min=1), seconds=seconds,
-             **{f"seconds_{x}": run.clock[f"seconds_{x}"] for x in by_phase},
-             **{f"bytes_{x}": int(run.clock[f"bytes_{x}"]) for x in by_phase},
-             peak_memory_bytes=int(max(run.clock[f"bytes_{x}"] for x in by_phase)),
+    histogram = torch.bincount(bins[mask], minlength=64).view(2, 32)
+    loss, norm, clipped, drift = zip(*updates or [(0.0, 0.0, 0.0, [0.0] * 5)])
+    seconds, phases = time.perf_counter() - start, ("sample", "score", "update")
+    clock = {f"{what}_{x}": run.clock[f"{what}_{x}"] for what in ("seconds", "bytes")
+             for x in phases}
+    m = dict(reward=batch.reward.mean(), solve_rate=right.float().mean(),
+             entropy=batch.H.sum() / tokens, information=proxy_information(histogram),
+             response_tokens=tokens, response_length=tokens / rows,
+             truncated=1 - batch.ended.float().mean(), groups=len(right),
+             groups_all_right=int(right.all(1).sum()), groups_all_wrong=int((~right).all(1).sum()),
+             loss=sum(loss) / len(loss), grad_norm=sum(norm) / len(norm),
+             sampler_gap=batch.gap.sum() / tokens,
+             clip_fraction=sum(clipped) / max(1, int(learned.sum())), seconds=seconds,
+             **clock, peak_memory_bytes=max(clock[f"bytes_{x}"] for x in phases),
              tokens_per_second=tokens / seconds)
-    shares = s["share"] / s["share"].sum(1, keepdim=True).clamp(min=1e-9)
-    for key, x in zip(("tokens", "advantage", "entropy", "drift"),
-                      (*shares, s["drift"] / s["share"][0].clamp(min=1))):
-        m |= {f"{key}/{name}": x[code] for code, name in enumerate(QUADRANTS, 1)}
+    by_quadrant = lambda x: torch.bincount(batch.quadrant[learned], x[learned].double(), 5)
+    sums = [by_quadrant(x) for x in (mask, batch.credit.abs(), batch.H)]
+    shares = [x / x.sum().clamp(min=1e-9) for x in sums]
+    shares += [torch.tensor(drift).sum(0) / sums[0].clamp(min=1)]
+    for key, share in zip(("tokens", "advantage", "entropy", "drift"), shares):
+        m |= {f"{key}/{name}": share[code] for code, name in enumerate(QUADRANTS, 1)}
     return {k: x if isinstance(x, int) else round(float(x), 6) for k, x in m.items()}, histogram
 
 
@@ -1296,44 +1263,49 @@ def exam(run, step):
     """Avg@k, (9), the mean of c / k, and Pass@k, (8), on every exam -> metrics; also printed, and
     in eval.json; every response goes into responses.jsonl. H is at the exam's temperature (at 1 if
     that is 0). The dice are the same every time: two sittings differ by the model alone."""
-    cfg, world, metrics, k = run.cfg, run.world, {}, run.cfg.eval_samples
+    cfg, metrics, k = run.cfg, {}, run.cfg.eval_samples
     for name, problems in run.exams.items():
         batch = attempt(run, list(enumerate(problems)), name, k, cfg.eval_temperature,
                         cfg.eval_top_p)
-        columns = (batch.number, batch.right, batch.response_len, batch.ended, batch.H.sum(1))
-        mine = [dict(step=step, set=name, number=n, problem=problems[n].problem,
-                     answer=problems[n].answer, right=right, tokens=tokens, ended=ended,
-                     entropy=round(nats / tokens, 6), response=text) for n, right, tokens, ended,
-                nats, text in zip(*(x.tolist() for x in columns), texts(run, batch))]
-        rows = sorted(sum(world.gather(mine), []), key=lambda row: row["number"])
-        c = torch.tensor([row["right"] for row in rows]).view(-1, k).sum(1)             # (B,)
+        c, tokens = batch.right.view(-1, k).sum(1), int(batch.response_len.sum())       # c (B,)
         js = [2 ** i for i in range(k.bit_length()) if cfg.eval_only and 2 ** i < k] + [k]
-        passed = {j: torch.tensor([pass_at_k(k, int(x), j) for x in c]) for j in js}
-        tokens, n = sum(row["tokens"] for row in rows), len(rows)
-        m = {f"avg@{k}": (c / k).mean(), **{f"pass@{j}": x.mean() for j, x in passed.items()},
-             **dict(zip(("avg_low", "avg_high"), interval(c / k))),
-             **dict(zip(("pass_low", "pass_high"), interval(passed[k]))),
-             "entropy": sum(row["entropy"] * row["tokens"] for row in rows) / tokens,
-             "length": tokens / n, "truncated": 1 - sum(row["ended"] for row in rows) / n}
+        shares = {f"avg@{k}": c / k, **{f"pass@{j}": torch.tensor(
+            [pass_at_k(k, int(x), j) for x in c]) for j in js}}
+        m = {key: x.mean() for key, x in shares.items()}
+        m["avg_low"], m["avg_high"] = interval(shares[f"avg@{k}"])
+        m["pass_low"], m["pass_high"] = interval(shares[f"pass@{k}"])
+        m |= {"entropy": batch.H.sum() / tokens, "length": tokens / len(batch.ids),
+              "truncated": 1 - batch.ended.float().mean()}
         metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in m.items()}
         run.lines += [f"{f'step {step}' if step else 'base':8} {name}: Avg@{k} "
                       f"{m[f'avg@{k}']:.3f}, 95% interval {m['avg_low']:.3f} .. "
                       f"{m['avg_high']:.3f}, Pass@{k} {m[f'pass@{k}']:.3f}, entropy "
                       f"{m['entropy']:.3f} nats"]
-        world.print(f"\n{run.lines[-1]}\n  {problems[0].problem!r:.98}", *paint(run, batch))
-        if world.rank == 0:
-            with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(row, default=str) + "\n" for row in rows)
-    if world.rank == 0 and metrics:
+        run.world.print(f"\n{run.lines[-1]}\n  {problems[0].problem!r:.98}",
+                        *paint(run, batch.rows(slice(0, k))))
+        keep_responses(run, step, name, problems, batch)
+    if run.world.rank == 0 and metrics:
         replace_file(f"{run.out}/eval.json", json.dumps({"step": step, **metrics}, indent=2))
     return metrics
 
 
-def paint(run, batch):
-    """The first three responses of an exam, to its first problem, as lines; on a terminal tokens
-    have the colours of quadrants: green right, red wrong, bold from mu_H up."""
-    group = batch.rows(batch.number == batch.number[:1])
-    codes = quadrants(group.reward, group.H, group.mask, len(group.ids) or 1).tolist()
+def keep_responses(run, step, name, problems, batch):
+    """Add the responses of an exam to responses.jsonl."""
+    if run.world.rank == 0:
+        with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as f:
+            for i, text in enumerate(texts(run, batch)):
+                n, tokens = int(batch.number[i]), int(batch.response_len[i])
+                row = dict(step=step, set=name, number=n, problem=problems[n].problem,
+                           answer=problems[n].answer, right=bool(batch.right[i]), tokens=tokens,
+                           ended=bool(batch.ended[i]),
+                           entropy=round(float(batch.H[i].sum()) / tokens, 6), response=text)
+                f.write(json.dumps(row, default=str) + "\n")
+
+
+def paint(run, group):
+    """The first three responses of a group as lines; on a terminal tokens have the colours of
+    quadrants: green right, red wrong, bold from mu_H up."""
+    codes = quadrants(group.reward, group.H, group.mask, len(group.ids)).tolist()
     for i in range(min(3, len(codes))):
         tokens = [run.tokenizer.decode([t], skip_special_tokens=True) for t in group.response(i)]
         if sys.stdout.isatty():
@@ -1350,11 +1322,10 @@ class World:
     """The processes of a run, one a GPU. With one process nothing is communicated."""
 
     def __init__(self, cfg):
-        self.rank, self.size = (int(os.environ.get(x, y)) for x, y in (("RANK", 0),
-                                                                       ("WORLD_SIZE", 1)))
+        number = lambda name, alone: int(os.environ.get(name, alone))       # set by torchrun
+        self.rank, self.size = number("RANK", 0), number("WORLD_SIZE", 1)
         self.stop, self.phase, cuda = False, "start", torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda \
-            else torch.device("cpu")
+        self.device = torch.device(f"cuda:{number('LOCAL_RANK', 0)}" if cuda else "cpu")
         self.tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)     # of a micro-batch
         self.bf16 = cuda and cfg.model != "tiny"
         self.sharded = self.size > 1 or self.bf16
@@ -1371,13 +1342,13 @@ class World:
         computed again in backward."""
         if not self.sharded:
             return policy.to(self.device)
-        cuda, low = self.device.type == "cuda", torch.bfloat16 if self.bf16 else None
+        low = torch.bfloat16 if self.bf16 else None
         how = dict(mesh=dist.init_device_mesh(self.device.type, (self.size,)),
                    mp_policy=fsdp.MixedPrecisionPolicy(low, torch.float32))
         if offload:
             how["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
         for layer in next(x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList)):
-            if cuda:
+            if self.device.type == "cuda":
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
             fsdp.fully_shard(layer, **how)
         return fsdp.fully_shard(policy, **how)
@@ -1448,21 +1419,18 @@ def plan(cfg, world, out):
     working = max(16 * CHUNK + 2 * width * (P / L * world.sharded + ends)
                   + (tokens * width * L * c.hidden_size + layer if cuda else L * layer),
                   ends * (2 * width + 4 + 4 / n))               # while their gradients are reduced
-    size = dict(weights=4 * P / n * here, gradients=4 * P / n * here, moments=8 * P / n * here,
-                working=working, copy=width * P * world.sharded)
-    B, one = groups_at_once(c, width, longest, cfg.group_size, world.free() - sum(
-        size[name] for name in ("weights", "moments", "copy")))
-    size["groups"] = one * min(B, -(-cfg.prompts_per_step // n))
-    size, free = {name: x / 1e9 for name, x in size.items()}, world.free() / 1e9
-    update = sum(size[name] for name in ("weights", "gradients", "moments", "working"))
-    rollout = sum(size[name] for name in ("weights", "moments", "copy", "groups"))
+    weights, copy, free = 4 * P / n * here, width * P * world.sharded, world.free()
+    B, one = groups_at_once(c, width, longest, cfg.group_size, free - 3 * weights - copy)
+    groups = one * min(B, -(-cfg.prompts_per_step // n))
+    size = dict(weights=weights, gradients=weights, moments=2 * weights, working=working, copy=copy,
+                groups=groups, update=4 * weights + working, rollout=3 * weights + copy + groups,
+                free=free)
     world.print(f"{cfg.model}: {P / 1e6:.1f}M parameters on {n} x {world.device.type}; GB each: "
-                + ", ".join(f"{name} {x:.2f}" for name, x in size.items())
-                + f"; update {update:.2f}, rollout {rollout:.2f}, free {free:.2f}")
-    for phase, x in (("update", update * (not cfg.eval_only)), ("rollout", rollout)):
-        need(x < free, f"the {phase} needs about {x:.0f} GB of {free:.0f}: use "
-             + "more --gpus, --offload, or " * cuda + "a smaller model; smaller --microbatch-tokens"
-             " or --max-response-tokens help a little")
+                + ", ".join(f"{name} {x / 1e9:.2f}" for name, x in size.items()))
+    for phase in ("rollout",) if cfg.eval_only else ("update", "rollout"):
+        need(size[phase] < free, f"the {phase} needs about {size[phase] / 1e9:.0f} GB of "
+             f"{free / 1e9:.0f}: use {'more --gpus, --offload, or ' * cuda}a smaller model; smaller"
+             " --microbatch-tokens or --max-response-tokens help a little")
     disk, room = P * (40 if cfg.save_every else 16) / 1e9, shutil.disk_usage(out).free / 1e9
     need(cfg.eval_only or disk < room, f"{out} needs {disk:.1f} GB for the model and checkpoints, "
          f"and its disk has {room:.1f} left: choose another --out or --save-every 0")
@@ -1480,6 +1448,8 @@ def doctor(run, problems):
     paid, junk = (sum(is_correct(f"\\boxed{{{x or (g[0] if isinstance(g, list) else g)}}}", g)
                       for g in golds) / len(golds) for x in ("", "no idea"))
     text, bos = tokenizer.decode(p.ids), p.ids.count(tokenizer.bos_token_id)
+    need(run.cfg.model != "tiny" or text == p.problem,
+         f"of {p.problem!r:.50} --model tiny can read {text!r:.50} only: name another --model")
     run.world.print(f"first prompt: {text[:400]!r}\n  {len(p.ids)} ids, {p.ids[:8]} .. "
                     f"{p.ids[-4:]}, BOS {bos} times; responses end with "
                     f"{tokenizer.convert_ids_to_tokens(run.stop_ids)}\n"
@@ -1717,19 +1687,19 @@ def write_report(run, batch, histogram):
     rows = torch.cat([group[batch.right[group] == verdict][:2] for verdict in (True, False)])
     few, after = batch.rows(rows), batch.rows(rows)
     rescore(run, after, cfg.temperature)
+    rho, credit, responses = (after.logp - few.logp).exp(), few.credit, []              # (4, T)
+    clipped = surrogate(rho, credit, cfg.clip_low, cfg.clip_high, cfg.clip_c) != rho * credit
+    A = group_advantages(batch.reward, cfg.group_size)[rows, None].expand(rho.shape)
+    columns = few.quadrant, few.logp.exp(), few.H, A, credit, rho, clipped
+    for i, numbers in enumerate(zip(*(x.tolist() for x in columns))):
+        prompt = run.tokenizer.decode(few.ids[i, :int(few.prompt_len[i])])
+        tokens = [run.tokenizer.decode([t]) for t in few.response(i)]
+        verdict = "right ✓" if few.right[i] else "wrong ✗"
+        responses += [(f"{prompt} {verdict}, reward {few.reward[i]:+g}", zip(tokens, *numbers))]
+    shares = (histogram / histogram.sum(1, keepdim=True).clamp(min=1)).tolist()
+    page = report({os.path.basename(run.out): [run.rows]}, responses, shares)
     if run.world.rank == 0:
-        rho, credit, responses = (after.logp - few.logp).exp(), few.credit, []          # (4, T)
-        clipped = surrogate(rho, credit, cfg.clip_low, cfg.clip_high, cfg.clip_c) != rho * credit
-        A = group_advantages(batch.reward, cfg.group_size)[rows, None].expand(rho.shape)
-        columns = few.quadrant, few.logp.exp(), few.H, A, credit, rho, clipped
-        for i, numbers in enumerate(zip(*(x.tolist() for x in columns))):
-            prompt = run.tokenizer.decode(few.ids[i, :int(few.prompt_len[i])])
-            tokens = [run.tokenizer.decode([t]) for t in few.response(i)]
-            responses += [(f"{prompt} {'right ✓' if few.right[i] else 'wrong ✗'}, reward "
-                           f"{few.reward[i]:+g}", zip(tokens, *numbers))]
-        shares = (histogram / histogram.sum(1, keepdim=True).clamp(min=1)).tolist()
-        replace_file(f"{run.out}/report.html",
-                     report({os.path.basename(run.out): [run.rows]}, responses, shares))
+        replace_file(f"{run.out}/report.html", page)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1770,8 +1740,7 @@ def open_run(cfg):
 
 
 def begin(run, optimizer, stream):
-    """Load the last checkpoint, or imitate and sit the first exam -> the steps already done, or
-    None if the run was stopped."""
+    """Load the last checkpoint, or imitate and sit the first exam -> the steps already done."""
     doctor(run, stream.problems)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.world.on_signal)
@@ -1780,7 +1749,8 @@ def begin(run, optimizer, stream):
     if run.cfg.warmup_steps:
         imitate(run, load_problems(run, run.cfg.warmup_data, "warmup"))
         if run.world.asked_to_stop():
-            return run.world.print("stopped in the warm-up, which cannot be resumed")
+            run.world.print("stopped in the warm-up, which cannot be resumed")
+            raise SystemExit
     log(run, 0, exam(run, 0))
     return 0
 
@@ -1796,8 +1766,6 @@ def train(cfg):
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0,
                                   fused=True)
     done = begin(run, optimizer, stream)
-    if done is None:
-        return
     bar, stop = run.world.bar(range(done + 1, cfg.steps + 1), cfg.method), False
     for step in bar:
         start, run.clock = time.perf_counter(), Counter()
@@ -1819,11 +1787,11 @@ def train(cfg):
                             "{tokens_per_second:.0f} tokens/s".format(**metrics), refresh=False)
         stop = run.world.asked_to_stop() and step < cfg.steps
         last = stop or step == cfg.steps
-        due = cfg.eval_every and (step % cfg.eval_every == 0 or last) and not stop
-        log(run, step, metrics | (exam(run, step) if due else {}))
-        if stop or last and cfg.resume or cfg.save_every and (last or step % cfg.save_every == 0):
+        due = lambda every: every and (last or step % every == 0)
+        log(run, step, metrics | (exam(run, step) if due(cfg.eval_every) and not stop else {}))
+        if due(cfg.save_every) or last and (stop or cfg.resume):
             save_checkpoint(run, optimizer, stream, step)
-        if due or last:
+        if due(cfg.eval_every) or last:
             write_report(run, batch, histogram)
         if stop:
             break
@@ -1881,9 +1849,8 @@ def parse_args(argv=None):
         path = os.path.join(typed["resume"], "config.json")
         need(os.path.isfile(path), f"{path}: no such file; --resume takes the folder of a run")
         with open(path) as file:
-            before = json.load(file)
-        before = {f.name: before.get(f.name, f.default) for f in fields(Config)}
-        before["out"] = typed["resume"]
+            before = json.load(file) | {"out": typed["resume"]}
+        del before["versions"]
         other = {k: v for k, v in typed.items() if k not in MAY_CHANGE and v != before[k]}
         need(not other, f"{typed['resume']} ran with other settings than {other}; leave them out, "
                         "or start a new run")

@@ -48,7 +48,7 @@ def tiny_batch(n=4, vocab=32, seed=0):
     torch.manual_seed(seed)
     prompts = [torch.randint(2, vocab, (2 + i % 3,)).tolist() for i in range(n)]
     responses = [torch.randint(2, vocab, (1 + 2 * i % 7,)).tolist() + [1] for i in range(n)]
-    return eapo.pack(prompts, responses, "cpu")
+    return eapo.pack(prompts, responses)
 
 
 def random_group_batch(B=3, G=4, T=6, seed=0):
@@ -232,15 +232,15 @@ def test_grpo_is_the_sum_of_its_four_quadrants_in_value_and_gradient():
 
 # ---- the other credit rules ----------------------------------------------------------------------
 
-def rule(method, A, H, mask, tau=math.inf):
-    return eapo.credit_rule(method, torch.tensor(A), H, mask, 2, ALPHA, PHI, tau)
+def rule(method, A, H, mask):
+    return eapo.credit_rule(method, torch.tensor(A), H, mask, 2, ALPHA, PHI)
 
 
 def test_forking_keeps_the_tokens_from_tau_up_and_the_denominator():
     """H = 0 .. 9 over two responses, the second in two tokens of the mask; tau = 8: the A of 9 and
     8 stays, all other tokens have 0 and still count in the mean."""
     H = torch.tensor([[0., 7, 2, 3, 4, 5, 6, 1], [8, 9, 99, 99, 99, 99, 99, 99]])
-    A = rule("forking", [1., -1], H, H < 99, 8.0)
+    A = rule("forking", [1., -1], H, H < 99)
     assert A.tolist() == [[0] * 8, [-1, -1, 0, 0, 0, 0, 0, 0]]
 
 
@@ -260,13 +260,13 @@ def test_w_reinforce_takes_a_tenth_of_the_praise_and_all_the_blame():
 
 def test_no_rule_lets_a_gradient_through_the_entropy():
     H, mask = torch.rand(2, 3, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
-    assert not any(rule(method, [1., -1], H, mask, .5).requires_grad for method in eapo.METHODS)
+    assert not any(rule(method, [1., -1], H, mask).requires_grad for method in eapo.METHODS)
 
 
 def credited(method, *flags, rewards=(1., -1, -1, -1), logp=-torch.arange(20.).view(4, 5) / 10):
     """give_credit on four responses, with H and logp that are easy to rank: run, batch."""
     run = a_run(tiny_lm(), "--method", method, "--group-size", 4, *flags)
-    batch = eapo.pack([[5]] * 4, [[6] * 5] * 4, "cpu")
+    batch = eapo.pack([[5]] * 4, [[6] * 5] * 4)
     batch.reward = torch.tensor(rewards)
     batch.H = torch.arange(20.).view(4, 5)
     batch.logp = logp
@@ -302,7 +302,7 @@ def test_kl_cov_penalises_the_tokens_of_highest_covariance():
 def test_padding_is_no_token_when_shares_of_tokens_are_taken():
     """Of 5 + 1 + 1 + 1 tokens the top 20% are 2, not 4 of the 20 cells."""
     run = a_run(tiny_lm(), "--method", "forking", "--group-size", 4)
-    batch = eapo.pack([[5]] * 4, [[6] * 5, [6], [6], [6]], "cpu")
+    batch = eapo.pack([[5]] * 4, [[6] * 5, [6], [6], [6]])
     batch.reward, batch.H = torch.tensor([1., -1, -1, -1]), torch.zeros(4, 5)
     batch.H[0], batch.H[1:, 0] = torch.arange(1., 6), torch.tensor([.5, .6, .7])
     eapo.give_credit(run, batch)
@@ -313,7 +313,7 @@ def test_kl_cov_takes_means_over_tokens_so_long_responses_weigh_more():
     """5 tokens of A = 1.5 and three of -.5: mean .75. logp 0 to -4, -21, -20, -20: mean -8.875.
     The highest is (-21 + 8.875) (-.5 - .75) = 15.2, before (0 + 8.875) (1.5 - .75) = 6.7."""
     run = a_run(tiny_lm(), "--method", "kl-cov", "--group-size", 4)
-    batch = eapo.pack([[5]] * 4, [[6] * 5, [6], [6], [6]], "cpu")
+    batch = eapo.pack([[5]] * 4, [[6] * 5, [6], [6], [6]])
     batch.reward, batch.H = torch.tensor([1., -1, -1, -1]), torch.ones(4, 5)
     batch.logp = torch.zeros(4, 5)
     batch.logp[0], batch.logp[1:, 0] = -torch.arange(5.), torch.tensor([-21., -20, -20])
@@ -372,9 +372,10 @@ def test_proxy_information_is_near_zero_when_verdicts_are_shuffled():
     open: of two responses to a problem, H = .1, .13, 9 in the right one is in bins 0, 1, 31."""
     def measured(H, right):
         run = a_run(None, "--group-size", 2)
-        batch = eapo.pack([[5]] * len(H), [[6] * H.shape[1]] * len(H), "cpu")
+        batch = eapo.pack([[5]] * len(H), [[6] * H.shape[1]] * len(H))
         batch.H, batch.right, batch.reward = H, right, right.float()
-        batch.kept, batch.quadrant, batch.credit = right < 0, batch.mask.long(), H
+        batch.kept, batch.quadrant = right < 0, batch.mask.long()
+        batch.credit, batch.gap = H, H[:, 0]
         return eapo.measure(run, batch, [], 0.0)
     torch.manual_seed(0)
     right = torch.rand(400) < 0.5
@@ -714,11 +715,20 @@ def test_an_unreadable_csv_is_named_with_what_is_wrong_in_it(tmp_path):
 def test_the_longest_exam_must_fit_the_model_too():
     run = a_run(eapo.tiny_model(0)[0], "--max-response-tokens", 8)
     run.tokenizer = eapo.tiny_model(0)[1]
-    short, long = (Problem("1+1", "2", ids=[3] * n) for n in (3, 505))
+    short, long = (Problem("0" * n, "0", ids=[3] * n) for n in (3, 505))
     eapo.doctor(run, [short])
     run.exams = {"exam": [long]}
     with pytest.raises(SystemExit, match="reads 512 tokens, .* has 513"):
         eapo.doctor(run, [short])
+
+
+def test_the_tiny_model_refuses_problems_in_words():
+    run = a_run(eapo.tiny_model(0)[0], "--max-response-tokens", 8)
+    run.tokenizer = eapo.tiny_model(0)[1]
+    for text, works in (("1+2=", True), ("1 egg", False)):
+        ids = eapo.render(run.tokenizer, text)
+        with contextlib.nullcontext() if works else pytest.raises(SystemExit, match="name another"):
+            eapo.doctor(run, [Problem(text, "3", ids=ids)])
 
 
 def test_an_error_without_words_is_called_by_its_name():
@@ -1144,7 +1154,7 @@ def test_overlong_responses_lose_up_to_one(tmp_path, monkeypatch):
     """L_max 8, the last half: lengths 4, 6, 8 of right responses earn 1, 1 - 2/4, 1 - 4/4."""
     cfg = config(tmp_path, "--max-response-tokens", 8, "--overlong", 0.5)
     run = eapo.load(cfg, eapo.World(cfg), str(tmp_path))
-    batch = eapo.pack([[5]] * 3, [[6] * n for n in (4, 6, 8)], "cpu")
+    batch = eapo.pack([[5]] * 3, [[6] * n for n in (4, 6, 8)])
     batch.logp = batch.H = torch.zeros(3, 8)
     monkeypatch.setattr(eapo, "sample_loop", lambda *args: batch)
     monkeypatch.setattr(eapo, "is_correct", lambda text, gold: True)
