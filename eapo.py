@@ -1058,7 +1058,7 @@ def learn(run, optimizer, mini):
     clips = cfg.clip_low, cfg.clip_high, cfg.clip_c
 
     def loss_of(micro, logp, H):
-        A, m, w = micro.credit, micro.mask, micro.weight
+        A, w, m = micro.credit, micro.weight, micro.mask
         loss = policy_loss(logp, micro.logp, A, w, *clips)                    # (2)
         if cfg.method == "entroreg":
             loss = loss - 0.001 * (H * w).sum()
@@ -1066,7 +1066,7 @@ def learn(run, optimizer, mini):
             loss = loss + ((logp - micro.logp).abs() * micro.penalty * w).sum()
         with torch.no_grad():
             rho = (logp - micro.logp).exp()
-            seen[0] += ((surrogate(rho, A, *clips) != rho * A) & m).sum().cpu()
+            seen[0] += (surrogate(rho, A, *clips) != rho * A).sum().cpu()
             seen[1:] += torch.bincount(micro.quadrant[m], (H - micro.H)[m].double(), 5).cpu()
         return loss
 

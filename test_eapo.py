@@ -1136,6 +1136,7 @@ def test_bf16_matmuls_sample_from_a_fresh_copy_and_score_with_the_policy(tmp_pat
     assert len({start, *(w for _, w in seen)}) == 4     # after the warm-up too
     assert [m["clip_fraction"] for m in rows_of(tmp_path) if m["step"]] == [0, 0, 0]
     assert all(m["seconds_score"] > 0 for m in rows_of(tmp_path) if m["step"])
+    assert all(1e-5 < m["sampler_gap"] < 0.1 for m in rows_of(tmp_path) if m["step"])
 
 
 def test_every_prompt_of_every_step_and_exam_has_dice_of_its_own(tmp_path, monkeypatch):
