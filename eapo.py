@@ -178,7 +178,7 @@ def group_advantages(rewards, group_size):
 
     rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
     if it beat the other tries at its own prompt. If all G earn the same +1 or -1, every A is 0:
-    such a group counts in the metrics, and `roll_out` leaves it out of learning."""
+    such a group counts in `reward` and `entropy`, but `roll_out` leaves it out of learning."""
     r = rewards.view(-1, group_size)                                          # (B, G)
     return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).flatten()  # (N,)  (1)
 
@@ -270,19 +270,19 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi):
     """The credit of each token under a method: EAPO and those that the paper compares it with
     (appendix B.4).  A (N,), H (N, T), mask (N, T) -> (N, T), zero outside the mask.
 
-    grpo        A; not the textbook's: DAPO's clips, token mean, and resampling but for tiny; no KL
+    grpo        A; not the textbook's: DAPO's clips and mean, clip_c, resampling but for tiny; no KL
     dapo        A; grpo with a penalty on length, see METHODS, and resampling for tiny too
     entroreg    A; grpo with a bonus for H in the loss, see `learn`
     kl-cov      A; no clips, but a penalty in the loss on tokens that `give_credit` marks
-    forking     A where H >= tau, the lowest of the highest 20% of all H, else 0 (Wang et al. 2025)
+    forking     A where H is among the highest 20% of the step, else 0 (Wang et al. 2025)
     entroadv    A + min(0.4 H, |A| / 2): forks gain, in wrong responses too (Cheng et al. 2025)
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
     A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
-    1, and a line in `rules`, where A is (N, 1) by then and all rows of the step are there (without
-    the line it is GRPO). What adds to the loss goes into `learn`. To take EAPO out, delete the `if`
-    below, `entropy_aware_advantages`, `entropy_score` and "eapo" in METHODS, and make "grpo" the
-    default of `method`; --alpha, --phi and --without, which only eapo reads, may stay, idle."""
+    1, and a line in `rules`, where A is (N, 1) by then, and the rows are all of the step, dropped
+    groups too (without the line it is GRPO). What adds to the loss goes into `learn`. To take EAPO
+    out, delete the `if` below, `entropy_aware_advantages`, `entropy_score` and "eapo" in METHODS,
+    and make "grpo" the default of `method`. --alpha, --phi and --without have no use then."""
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
     A = A[:, None]                                                            # (N, 1)
@@ -857,11 +857,11 @@ def groups_at_once(c, width, tokens, group_size, free):
 
 # --------------------------------------------------------------------------------------------------
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
-# token, and its optimizer step. On a CPU, and for --model tiny anywhere, one process has the whole
-# model, in fp32, and samples from it. Any other model on GPUs, one or many: each process has a
-# shard of the fp32 weights and multiplies in bf16; a whole bf16 copy samples, and as it rounds
-# otherwise, `rescore` takes logp and H from the policy. Several processes on CPUs: shards and a
-# copy too, all in fp32, and no `rescore`. On any GPU micro-batches are larger.
+# token, and its optimizer step. `python eapo.py` on a CPU, and --model tiny anywhere, is one
+# process that has the whole model, in fp32, and samples from it. Any other model on GPUs, one or
+# many: each process has a shard of the fp32 weights and multiplies in bf16; a whole bf16 copy
+# samples, and as it rounds otherwise, `rescore` takes logp and H from the policy. (torchrun on
+# CPUs: shards and a copy too, all in fp32, no `rescore`.) On any GPU micro-batches are larger.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
@@ -1110,8 +1110,9 @@ def imitate(run, problems):
 def attempt(run, numbered, what, n, temperature, top_p):
     """n responses to each (number, problem), marked: a Batch, by number, with `right` and `reward`,
     +1 or -1 (less with --overlong). The dice depend on the seed, on `what` (training or the exam's
-    name) and on the number. A reward of your own: set `reward` here; `right` stays the verdict, by
-    which exams count and `roll_out` keeps groups."""
+    name) and on the number. A reward of your own goes where `reward` is set, below 0 for what
+    `quadrants` shall call wrong; by `right`, the verdict, exams count and `roll_out` keeps groups.
+    """
     cfg, lm, mine = run.cfg, run.fill_sampler(), run.world.share(numbered)
     longest = max((len(p.ids) for _, p in mine), default=0) + cfg.max_response_tokens
     k, _ = groups_at_once(lm.config, lm.dtype.itemsize, longest, n, run.world.free())
@@ -1128,13 +1129,12 @@ def attempt(run, numbered, what, n, temperature, top_p):
     batch.number = torch.tensor([number for number, _ in mine]).long().repeat_interleave(n)
     batch.right = torch.tensor([is_correct(text, mine[i // n][1].answer)
                                 for i, text in enumerate(texts(run, batch))]).bool()
-    batch = join(run.world.gather(batch))
-    batch = batch.rows(batch.number.argsort(stable=True))
-    batch.reward = torch.where(batch.right, 1.0, -1.0)
+    batch.reward = torch.where(batch.right, 1.0, -1.0)     # row i: a try at mine[i // n]
     if cfg.overlong:            # DAPO's soft penalty, 0 to -1 over the last share of the tokens
         last = cfg.overlong * cfg.max_response_tokens
         batch.reward -= (1 - (cfg.max_response_tokens - batch.response_len) / last).clamp(0, 1)
-    return batch
+    batch = join(run.world.gather(batch))               # what all processes tried
+    return batch.rows(batch.number.argsort(stable=True))
 
 
 def texts(run, batch):
@@ -1148,7 +1148,8 @@ def rescore(run, batch, temperature):
     """Set logp and H of a batch to those of the policy itself, so that rho compares it with itself:
     the sampler, a bf16 copy with a KV cache, rounds otherwise."""
     with run.timed("score"):
-        batch.logp, batch.H = torch.zeros(2, *batch.mask.shape)
+        shape = batch.mask.shape
+        batch.logp, batch.H = torch.zeros(shape), torch.zeros(shape)    # not views of one: pickled
         for i in micro_batches(run, batch):
             logp, H = run.policy(batch.rows(i).to(run.world.device), temperature)
             batch.logp[i, :logp.shape[1]], batch.H[i, :H.shape[1]] = logp.cpu(), H.cpu()
@@ -1224,7 +1225,12 @@ def measure(run, batch, updates, start):
     bins = (batch.H / 0.125).long().clamp(max=31) + 32 * batch.right[:, None]
     histogram = torch.bincount(bins[mask], minlength=64).view(2, 32)
     loss, norm, clipped, drift = zip(*updates or [(0.0, 0.0, 0.0, [0.0] * 5)])
-    seconds, phases = time.perf_counter() - start, ("sample", "score", "update")
+    code, phases = batch.quadrant[learned], ("sample", "score", "update")
+    sums = [torch.bincount(code, x[learned].double(), 5)
+            for x in (mask, batch.credit.abs(), batch.H)]
+    shares = [x / x.sum().clamp(min=1e-9) for x in sums]
+    shares += [torch.tensor(drift).sum(0) / sums[0].clamp(min=1)]
+    seconds = time.perf_counter() - start
     clock = {f"{what}_{x}": run.clock[f"{what}_{x}"] for what in ("seconds", "bytes")
              for x in phases}
     m = dict(reward=batch.reward.mean(), solve_rate=right.float().mean(),
@@ -1237,12 +1243,8 @@ def measure(run, batch, updates, start):
              clip_fraction=sum(clipped) / max(1, int(learned.sum())), seconds=seconds,
              **clock, peak_memory_bytes=max(clock[f"bytes_{x}"] for x in phases),
              tokens_per_second=tokens / seconds)
-    by_quadrant = lambda x: torch.bincount(batch.quadrant[learned], x[learned].double(), 5)
-    sums = [by_quadrant(x) for x in (mask, batch.credit.abs(), batch.H)]
-    shares = [x / x.sum().clamp(min=1e-9) for x in sums]
-    shares += [torch.tensor(drift).sum(0) / sums[0].clamp(min=1)]
     for key, share in zip(("tokens", "advantage", "entropy", "drift"), shares):
-        m |= {f"{key}/{name}": share[code] for code, name in enumerate(QUADRANTS, 1)}
+        m |= {f"{key}/{name}": x for name, x in zip(QUADRANTS, share[1:])}
     return {k: x if isinstance(x, int) else round(float(x), 6) for k, x in m.items()}, histogram
 
 
@@ -1849,8 +1851,9 @@ def parse_args(argv=None):
         path = os.path.join(typed["resume"], "config.json")
         need(os.path.isfile(path), f"{path}: no such file; --resume takes the folder of a run")
         with open(path) as file:
-            before = json.load(file) | {"out": typed["resume"]}
-        del before["versions"]
+            before = json.load(file)
+        before = {f.name: before.get(f.name, f.default) for f in fields(Config)}
+        before["out"] = typed["resume"]
         other = {k: v for k, v in typed.items() if k not in MAY_CHANGE and v != before[k]}
         need(not other, f"{typed['resume']} ran with other settings than {other}; leave them out, "
                         "or start a new run")

@@ -321,6 +321,29 @@ def test_kl_cov_takes_means_over_tokens_so_long_responses_weigh_more():
     assert batch.penalty.nonzero().tolist() == [[1, 0]]
 
 
+def test_kl_cov_marks_two_tokens_in_a_thousand():
+    """Of 4 x 300 tokens of different covariance the highest 2.4, rounded up, are 3."""
+    run = a_run(tiny_lm(), "--method", "kl-cov", "--group-size", 4)
+    batch = eapo.pack([[5]] * 4, [[6] * 300] * 4)
+    batch.reward, batch.H = torch.tensor([1., -1, -1, -1]), torch.ones(4, 300)
+    batch.logp = -torch.arange(1200.).view(4, 300)
+    eapo.give_credit(run, batch)
+    assert batch.penalty.sum() == 3
+
+
+def test_drift_is_the_entropy_now_minus_the_entropy_when_sampled():
+    """H of the four quadrants has moved by .1, -.2, 0, .3 a token since; and of two tokens with
+    A > 0 the one that is 1.5 times as likely gets no gradient."""
+    run, batch = credited("grpo")
+    batch.quadrant[:] = torch.tensor([1, 2, 3, 4, 4])
+    moved = torch.tensor([.1, -.2, 0, .3, .3], requires_grad=True)
+    rise = torch.tensor([math.log(1.5), math.log(1.1), 0, 0, 0])
+    run.policy.forward = lambda micro, T: (micro.logp + rise + 0 * moved, micro.H + moved)
+    _, _, clipped, drift = eapo.learn(run, torch.optim.SGD([moved], lr=0.0), batch)
+    assert drift == pytest.approx([0, .4, -.8, 0, 2.4], abs=1e-5)
+    assert clipped == 1
+
+
 def test_entroreg_adds_the_mean_entropy_and_its_gradient():
     """At rho = 1 the loss is - mean(A) - beta mean(H), and d loss / d H = - beta / 20 a token."""
     run, batch = credited("entroreg")
@@ -385,6 +408,29 @@ def test_proxy_information_is_near_zero_when_verdicts_are_shuffled():
     assert informed > 0.02 and shuffled < 0.002
     _, counts = measured(torch.tensor([[.1, .13, 9.], [.2, .2, .2]]), torch.tensor([True, False]))
     assert counts[1, [0, 1, 31]].tolist() == [1, 1, 1] and counts[0, 1] == 3 and counts.sum() == 6
+
+
+def test_the_metrics_of_a_step_worked_by_hand():
+    """Responses of 2, 1, 2, 1 tokens to two problems; the second group, all wrong, is dropped."""
+    run = a_run(None, "--group-size", 2)
+    batch = eapo.pack([[5]] * 4, [[6, 6], [6], [6, 6], [6]])
+    batch.H = torch.tensor([[1., .5], [.25, 0], [2, 2], [4, 0]])
+    batch.credit = torch.tensor([[1.5, .5], [-1, 0], [9, 9], [9, 0]])
+    batch.quadrant = torch.tensor([[1, 2], [3, 0], [4, 3], [4, 0]])
+    batch.right = torch.tensor([True, False, False, False])
+    batch.reward, batch.kept = torch.tensor([.5, -1, -1, -1]), torch.tensor([1, 1, 0, 0]).bool()
+    batch.ended, batch.gap = torch.tensor([1, 1, 0, 1]).bool(), torch.tensor([.1, .2, .2, .1])
+    run.clock.update(seconds_sample=3.0, bytes_sample=7, bytes_update=9)
+    updates = [(.2, 1.0, 1.0, [0, .3, 0, -.6, 0]), (.4, 3.0, 1.0, [0, .1, 0, 0, 0])]
+    found, _ = eapo.measure(run, batch, updates, 0.0)
+    want = {"reward": -.625, "solve_rate": .25, "entropy": 9.75 / 6, "response_tokens": 6,
+            "response_length": 1.5, "truncated": .25, "groups": 2, "groups_all_right": 0,
+            "groups_all_wrong": 1, "loss": .3, "grad_norm": 2, "clip_fraction": 2 / 3,
+            "sampler_gap": .1, "seconds_sample": 3, "peak_memory_bytes": 9,
+            "tokens/PHR": 1 / 3, "tokens/NHR": 0, "advantage/PHR": .5, "advantage/PLR": 1 / 6,
+            "advantage/NLR": 1 / 3, "entropy/PHR": 4 / 7, "entropy/PLR": 2 / 7,
+            "entropy/NLR": 1 / 7, "drift/PHR": .4, "drift/PLR": 0, "drift/NLR": -.6, "drift/NHR": 0}
+    assert {key: found[key] for key in want} == pytest.approx(want, abs=1e-5)
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -1139,6 +1185,19 @@ def test_bf16_matmuls_sample_from_a_fresh_copy_and_score_with_the_policy(tmp_pat
     assert all(1e-5 < m["sampler_gap"] < 0.1 for m in rows_of(tmp_path) if m["step"])
 
 
+def test_scoring_anew_takes_both_numbers_from_the_policy_and_ships_each_once():
+    """Processes send each other the batch pickled: two views of one storage would go twice. Rows
+    of a micro-batch are cut to their own longest."""
+    run = a_run(tiny_lm(), "--microbatch-tokens", 8)
+    batch = eapo.pack([[5, 7]] * 3, [[6] * n for n in (1, 5, 2)])
+    eapo.rescore(run, batch, 0.7)
+    for found, want in zip((batch.logp, batch.H), run.policy(batch, 0.7)):
+        torch.testing.assert_close(found, want.detach())
+        assert found.untyped_storage().nbytes() == 4 * found.numel()
+    few = batch.rows(torch.tensor([0, 2]))
+    assert few.ids.shape == (2, 4) and few.H.shape == (2, 2)
+
+
 def test_every_prompt_of_every_step_and_exam_has_dice_of_its_own(tmp_path, monkeypatch):
     """Seeds differ by the number of the prompt, by training or exam, and by the run's seed."""
     seeds, real = [], eapo.sample_loop
@@ -1474,7 +1533,11 @@ def test_an_exam_alone_leaves_verdicts_that_can_be_checked(tmp_path, monkeypatch
         assert found[f"eval/{name}/avg@4"] == pytest.approx(sum(right) / 20)
         assert found[f"eval/{name}/pass@1"] == pytest.approx(sum(right) / 20)
         assert found[f"eval/{name}/pass@4"] == sum(any(right[i:i + 4]) for i in range(0, 20, 4)) / 5
-        assert found[f"eval/{name}/avg_low"] <= sum(right) / 20 <= found[f"eval/{name}/avg_high"]
+        solved = torch.tensor(right).view(5, 4)
+        for key, shares in (("avg", solved.float().mean(1)), ("pass", solved.any(1).float())):
+            low, high = eapo.interval(shares).tolist()
+            assert found[f"eval/{name}/{key}_low"] == pytest.approx(low, abs=1e-5)
+            assert found[f"eval/{name}/{key}_high"] == pytest.approx(high, abs=1e-5)
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_law():
