@@ -87,7 +87,7 @@ from transformers.masking_utils import sdpa_mask
 # --------------------------------------------------------------------------------------------------
 
 QUADRANTS = ("PHR", "PLR", "NLR", "NHR")        # codes 1 to 4 of `quadrants`, part 2
-METHODS = {     # `credit_rule`, part 2, and what a method sets, also against a preset
+METHODS = {     # `credit_rule`, part 2, and what a method sets, whatever the preset says
     "eapo": {}, "grpo": {}, "forking": {}, "entroadv": {}, "entroreg": {}, "w-reinforce": {},
     "dapo": dict(resample=2, overlong=0.2), "kl-cov": dict(clip_low=1, clip_high=1e9, clip_c=0)}
 PRESETS = {     # a name, or a part of one: what such a model changes
@@ -177,8 +177,8 @@ def group_advantages(rewards, group_size):
     """(1)  A_i = (r_i - mean(r)) / (std(r) + 1e-6)   over the G responses to one prompt.
 
     rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
-    if it beat the other tries at its own prompt. If all G earn the same +1 or -1, every A is 0:
-    such a group counts in `reward` and `entropy`, but `roll_out` leaves it out of learning."""
+    if it beat the other tries at its own prompt. In a group all right or all wrong, all of +1 or of
+    -1, every A is 0; it counts in the metrics, and `roll_out` leaves it out of learning."""
     r = rewards.view(-1, group_size)                                          # (B, G)
     return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).flatten()  # (N,)  (1)
 
@@ -252,7 +252,7 @@ def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
     """- sum over tokens of mask * surrogate (2), mask 0 or 1 or any weight.  (N, T) each -> scalar.
 
     A sum, not the mean of (2), so that a batch may be cut anywhere; a mean where the weights add up
-    to 1 over the mini-batch, as those of `learn` do. On a step's first mini-batch rho is 1 but for
+    to 1 over the mini-batch, as `descend` makes them. On a step's first mini-batch rho is 1 but for
     rounding, and the gradient is the policy gradient, - sum of mask A grad log pi."""
     rho = (logp - old_logp).exp()                                             # (N, T)
     return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
@@ -275,14 +275,15 @@ def credit_rule(method, A, H, mask, group_size, alpha, phi):
     entroreg    A; grpo with a bonus for H in the loss, see `learn`
     kl-cov      A; no clips, but a penalty in the loss on tokens that `give_credit` marks
     forking     A where H is among the highest 20% of the step, else 0 (Wang et al. 2025)
-    entroadv    A + min(0.4 H, |A| / 2): forks gain, in wrong responses too (Cheng et al. 2025)
+    entroadv    A + min(0.4 H, |A| / 2): at forks more praise and less blame (Cheng et al. 2025)
     w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
 
     A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
     1, and a line in `rules`, where A is (N, 1) by then, and the rows are all of the step, dropped
-    groups too (without the line it is GRPO). What adds to the loss goes into `learn`. To take EAPO
-    out, delete the `if` below, `entropy_aware_advantages`, `entropy_score` and "eapo" in METHODS,
-    and make "grpo" the default of `method`. --alpha, --phi and --without have no use then."""
+    groups too (without the line it is GRPO). What adds to the loss goes into `learn`. Another A is
+    made in `group_advantages`, another rho in `policy_loss`, `learn` and `write_report`. To take
+    EAPO out, delete the `if` below, `entropy_aware_advantages`, `entropy_score` and "eapo" in
+    METHODS, and make "grpo" the default of `method`; --alpha, --phi, --without are idle then."""
     if method == "eapo":
         return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
     A = A[:, None]                                                            # (N, 1)
@@ -690,6 +691,7 @@ class Batch:
     number: torch.Tensor = None     # (N,)   of the problem in its stream
     right: torch.Tensor = None      # (N,)   the verifier's verdict
     reward: torch.Tensor = None     # (N,)   r
+    advantage: torch.Tensor = None  # (N,)   A
     kept: torch.Tensor = None       # (N,)   the group is learned from
     credit: torch.Tensor = None     # (N, T) A^CA or what another method makes of A, 0 outside mask
     quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside mask
@@ -857,11 +859,11 @@ def groups_at_once(c, width, tokens, group_size, free):
 
 # --------------------------------------------------------------------------------------------------
 # Part 6. The policy: a causal language model, the two numbers we need of it at every response
-# token, and its optimizer step. `python eapo.py` on a CPU, and --model tiny anywhere, is one
-# process that has the whole model, in fp32, and samples from it. Any other model on GPUs, one or
-# many: each process has a shard of the fp32 weights and multiplies in bf16; a whole bf16 copy
-# samples, and as it rounds otherwise, `rescore` takes logp and H from the policy. (torchrun on
-# CPUs: shards and a copy too, all in fp32, no `rescore`.) On any GPU micro-batches are larger.
+# token, and its optimizer step. Any model on a CPU, and --model tiny anywhere: one process has the
+# whole model, in fp32, and samples from it. Any other model on GPUs, one or many: each process has
+# a shard of the fp32 weights and multiplies in bf16; a whole bf16 copy samples, and as it rounds
+# otherwise, `rescore` takes logp and H from the policy. (torchrun on CPUs: shards and a copy too,
+# all in fp32, no `rescore`.) On any GPU micro-batches are larger.
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
@@ -1104,15 +1106,14 @@ def imitate(run, problems):
 
 # --------------------------------------------------------------------------------------------------
 # Part 7. Try, mark, compare, look. On several GPUs each process samples and marks its share of the
-# problems; then all have the whole Batch, and learn from a share of each mini-batch.
+# problems; then all have the whole Batch, and each adds its share of a mini-batch to one gradient.
 # --------------------------------------------------------------------------------------------------
 
 def attempt(run, numbered, what, n, temperature, top_p):
     """n responses to each (number, problem), marked: a Batch, by number, with `right` and `reward`,
     +1 or -1 (less with --overlong). The dice depend on the seed, on `what` (training or the exam's
     name) and on the number. A reward of your own goes where `reward` is set, below 0 for what
-    `quadrants` shall call wrong; by `right`, the verdict, exams count and `roll_out` keeps groups.
-    """
+    `quadrants` shall call wrong. Exams still count `right`, and `roll_out` drops groups by it."""
     cfg, lm, mine = run.cfg, run.fill_sampler(), run.world.share(numbered)
     longest = max((len(p.ids) for _, p in mine), default=0) + cfg.max_response_tokens
     k, _ = groups_at_once(lm.config, lm.dtype.itemsize, longest, n, run.world.free())
@@ -1173,13 +1174,13 @@ def roll_out(run, stream):
 
 
 def give_credit(run, batch):
-    """Set batch.quadrant and what each token is reinforced by under cfg.method: batch.credit, and
-    for kl-cov batch.penalty.
+    """Set batch.advantage, batch.quadrant and what each token is reinforced by under cfg.method:
+    batch.credit, and for kl-cov batch.penalty.
 
     kl-cov marks the 0.2% of the step's tokens, dropped groups too, of highest
     (logp - mean)(A - mean), where entropy falls fastest, for a penalty (Cui et al. 2025)."""
     cfg, H, mask, G = run.cfg, batch.H, batch.mask, run.cfg.group_size
-    A = group_advantages(batch.reward, G)                                               # (1)
+    batch.advantage = A = group_advantages(batch.reward, G)                             # (1)
     batch.quadrant = quadrants(batch.reward, H, mask, G)
     batch.credit = credit_rule(cfg.method, A, H, mask, G, cfg.alpha, cfg.phi)           # (7)
     if cfg.method == "kl-cov":
@@ -1691,7 +1692,7 @@ def write_report(run, batch, histogram):
     rescore(run, after, cfg.temperature)
     rho, credit, responses = (after.logp - few.logp).exp(), few.credit, []              # (4, T)
     clipped = surrogate(rho, credit, cfg.clip_low, cfg.clip_high, cfg.clip_c) != rho * credit
-    A = group_advantages(batch.reward, cfg.group_size)[rows, None].expand(rho.shape)
+    A = few.advantage[:, None].expand(rho.shape)
     columns = few.quadrant, few.logp.exp(), few.H, A, credit, rho, clipped
     for i, numbers in enumerate(zip(*(x.tolist() for x in columns))):
         prompt = run.tokenizer.decode(few.ids[i, :int(few.prompt_len[i])])
@@ -1719,7 +1720,7 @@ def log(run, step, metrics):
                         "see whether the stop tokens above are the model's")
     if step == 1 and metrics["grad_norm"] == 0:
         run.world.print("warning: nothing was learned: no group had right and wrong responses, or "
-                        "--quadrants left no token its credit; --warmup-data may help")
+                        "--quadrants left no token its credit; a longer warm-up may help")
     if step == 1 and metrics["sampler_gap"] > 0.1:
         run.world.print(f"warning: sampler and policy disagree by {metrics['sampler_gap']} nats a "
                         "token: what is trained is not what samples")
@@ -1813,6 +1814,8 @@ def check(c):
          "--alpha must lie from 0 to below --phi, or (7) could turn the sign of an advantage")
     need(not unknown, f"no quadrant is called {', '.join(unknown)}, only {', '.join(QUADRANTS)}")
     need(not c.without or c.method == "eapo", "--without is for --method eapo")
+    need(not c.quadrants or c.method not in ("entroreg", "kl-cov"),
+         f"--quadrants cuts credit, and {c.method} learns without credit too")
     need(min(sizes) > 0, "numbers of prompts, samples and tokens must be 1 or more")
     need(min(c.resample, c.steps, c.warmup_steps, c.save_every, c.eval_every, c.gpus, c.seed,
              c.microbatch_tokens, c.learning_rate, c.warmup_learning_rate, c.clip_low,

@@ -801,6 +801,7 @@ def test_bad_data_gets_one_line_that_says_where(tmp_path, text, says):
 @pytest.mark.parametrize("args, says", [
     (["--group-size", "1"], "--group-size 2 or more"), (["--alpha", "2"], "turn the sign"),
     (["--model", "x", "--warmup-steps", "3"], "needs --warmup-data"),
+    (["--method", "kl-cov", "--quadrants", "PHR"], "kl-cov learns without credit too"),
     (["--clip-c", "1.1"], "--clip-c must lie above"), (["--prompts-per-step", "0"], "1 or more")])
 def test_impossible_numbers_are_refused_with_a_remedy(args, says):
     with pytest.raises(SystemExit, match=says):
