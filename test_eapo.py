@@ -214,6 +214,8 @@ def test_the_four_quadrants_by_hand():
     mask = torch.tensor([[True, True], [True, True], [True, True], [True, False]])
     q = quadrants(torch.tensor([1., -1, 1, -1]), H, mask, group_size=2)
     assert q.tolist() == [[2, 1], [4, 4], [2, 1], [3, 0]]
+    dear = quadrants(torch.tensor([.5, -.1, 0, -2]), H, mask, group_size=2)     # --overlong
+    assert dear.tolist() == q.tolist()
 
 
 def test_grpo_is_the_sum_of_its_four_quadrants_in_value_and_gradient():
@@ -473,6 +475,7 @@ def test_a_token_weighs_the_same_or_a_group_does():
     mask = torch.arange(4) < torch.tensor([[1], [3], [2], [4]])
     by_token, by_group = (token_weights(mask, 2, mode) for mode in ("tokens", "group"))
     assert by_token[mask].tolist() == [1] * 10
+    assert by_token.dtype == by_group.dtype == torch.float32
     assert by_group[mask].tolist() == pytest.approx([1 / 4] * 4 + [1 / 6] * 6)
     assert not by_token[~mask].any() and not by_group[~mask].any()
 
