@@ -712,6 +712,7 @@ class Batch:
                         for name, x in vars(few).items() if x is not None})
 
     def to(self, device):
+        """The Batch on another device."""
         return Batch(**{name: x.to(device) for name, x in vars(self).items() if x is not None})
 
     def response(self, i):

@@ -1559,6 +1559,10 @@ def test_accounting_adds_up(two_runs):
     assert any(last[f"drift/{q}"] for q in eapo.QUADRANTS) and last["information"] > 0
     page = (two_runs[0] / "run" / "report.html").read_text(encoding="utf-8")
     assert "Token microscope" in page and 'class="PHR"' in page and "rho 1.0" in page
+    # with c of G right, A is sqrt((G - c)(G - 1) / (c G)) and - sqrt(c (G - 1) / ((G - c) G))
+    low, high = sorted({float(x.split(",")[0]) for x in page.split(" nats, A ")[1:]})
+    G = json.load(open(two_runs[0] / "run" / "config.json"))["group_size"]
+    assert low * high == pytest.approx(-(G - 1) / G, abs=0.005)
 
 
 EVIL = "<script>alert(1)</script>\"'><img onerror=x>&\n\r\t\0\x1b\u202e\ud800"
