@@ -1,44 +1,44 @@
 """eapo: reinforcement learning with verifiable rewards, token by token, in one file.
 
-Give a language model a problem whose answer can be checked. Let it try G times, mark every try
-right or wrong, and make the tokens of the better tries likelier. That is GRPO (group-relative
-policy optimization), and it gives each token of a response the same credit. Most tokens cannot use
-it: where the model was sure, there was no decision to praise. EAPO (entropy-aware policy
-optimization; He et al. 2026, arXiv 2604.11056, v1) therefore measures how unsure the model was at
-each token, its entropy H, and gives uncertain tokens a little more of the credit and of the blame,
-sure ones a little less. GRPO, here with DAPO's clips and mean, is (1) and (2); EAPO adds (6), (7).
+Give a language model a problem whose answer can be checked. Let it try G times, mark each try right
+or wrong, and make the tokens of the better tries likelier. That is GRPO (group relative policy
+optimization). It gives every token of a response the same credit, although most of them were no
+decision at all: behind `3+4=` the model is sure of its `7`. EAPO (entropy-aware policy
+optimization; He et al. 2026, arXiv 2604.11056v1) measures how unsure the model was before each
+token, its entropy H, and gives unsure tokens a little more of the credit or of the blame, and sure
+tokens a little less.
 
-    A_i     = (r_i - mean(r)) / std(r)                                   one number a response   (1)
-    L       = - mean of min(rho A, clip(rho, 1-eps_low, 1+eps_high) A)                           (2)
-    score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)           one number a token      (6)
-    A^CA_t  = A + alpha sign(A) score_t                                  replaces A in (2)       (7)
+    A_i     = (r_i - mean(r)) / std(r)                             one number per response      (1)
+    L       = - mean of min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)                      (2)
+    score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)     one number per token         (6)
+    A^CA_t  = A + alpha sign(A) score_t                            takes the place of A in (2)  (7)
 
-Equation numbers but (1) are the paper's. The mean of (2) is over all response tokens of a
-mini-batch, as in the authors' code (--loss-mean group: as in their text). std divides by n - 1.
+(1) and (2) are GRPO, with the asymmetric clip of DAPO; (6) and (7) make it EAPO. The equation
+numbers are the paper's, except for (1), which it does not number.
 
-    B prompts x G responses = N rows, the G responses to one prompt, a group, in adjacent rows
-    T tokens of the longest response    V vocabulary    M tokens, flat    D size of hidden states
-    r      reward of a response, +1 right or -1 wrong (less with --overlong)      (N,)
-    A      advantage of a response: how much better than its group, (1)           (N,)
-    A^CA   advantage of a token, (7): what --method eapo puts into Batch.credit   (N, T)
-    pi_old the policy as the step began, at the sampling temperature, before top_p cuts it
-    H      entropy of pi_old where each token was drawn, in nats                  (N, T)
-    mask   True on response tokens, the stop token included                       (N, T)
-    mu_H, sigma_H   mean and deviation of H over all response tokens of one group (N, 1)
-    rho    pi_theta / pi_old: how much likelier the token became since sampling   (N, T)
+The letters, here and in the code:
 
-One step of `train`, part 10, in one breath:
+    B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
+    T      tokens of the longest response    V  vocabulary    D  size of a hidden state
+    r      reward of a response: +1 if its answer is right, -1 if not                        (N,)
+    A      advantage of a response: how much better it was than its group, (1)               (N,)
+    A^CA   credit of a token, (7)                                                            (N, T)
+    pi_old the policy as it was when the step began, which sampled the responses
+    H      entropy of pi_old just before each token was drawn, in nats                       (N, T)
+    mu_H, sigma_H   mean and standard deviation of H over all response tokens of a group     (N, 1)
+    rho    pi_theta / pi_old: how much likelier a token has become since it was sampled      (N, T)
+    mask   True on response tokens, the stop token included                                  (N, T)
 
-    try      sample G responses to each of B prompts         roll_out, 7; sample_loop, 5
-    mark     r = +1 where \\boxed{} holds the right answer    attempt, 7; is_correct, 3
-    compare  A (1) from the group, A^CA (7) from entropies   give_credit, 7; part 2
-    learn    gradient steps on the clipped L (2)             learn, 6; policy_loss, 2
-    look     log what happened; now and then sit an exam     measure, exam, 7
+The file reads from the top like a newspaper, the method first and then what it calls:
 
-Run `python eapo.py` for a tiny model that learns to carry, in minutes on a laptop; with `--model
-Qwen/Qwen2.5-Math-7B` the paper's run on all GPUs there are (what changes there: part 6); with
-`--help` for every setting. Left out: a value network (a learned guess of the reward), a KL penalty
-to a reference, a learned reward.
+    1 Settings    2 The algorithm    3 The loop: `train`, one step on one screen
+    4 Rollouts    5 The policy       6 Problems    7 Evaluation and metrics
+    Appendices: A The verifier    B The machine    C The page    D The command line
+
+Run `python eapo.py` to watch a tiny model learn to carry digits, in about a minute on a laptop;
+`python eapo.py --model Qwen/Qwen2.5-Math-7B` for the paper's run, on all GPUs of the machine; and
+`python eapo.py --help` for every setting. Left out on purpose: a value network (a learned guess of
+the reward), a KL penalty towards a reference model, and learned rewards.
 """
 import argparse
 import cmath
@@ -72,6 +72,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcs
 import torch.distributed.fsdp as fsdp
+import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -81,34 +82,13 @@ from transformers.masking_utils import sdpa_mask
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 1. The settings. A field of Config is a flag. Defaults are those of the paper's run of
-# Qwen2.5-Math-7B (table 6) where it names them. METHODS holds what a method changes, PRESETS what
-# a model changes: `--model tiny`, the default, fits a laptop.
+# Part 1. Settings. Each field of Config is also a flag of the command line. The defaults are those
+# of the paper's run of Qwen2.5-Math-7B (table 6); PRESETS says what other models change.
 # --------------------------------------------------------------------------------------------------
 
-QUADRANTS = ("PHR", "PLR", "NLR", "NHR")        # codes 1 to 4 of `quadrants`, part 2
-METHODS = {     # `credit_rule`, part 2, and what a method sets, whatever the preset says
-    "eapo": {}, "grpo": {}, "forking": {}, "entroadv": {}, "entroreg": {}, "w-reinforce": {},
-    "dapo": dict(resample=2, overlong=0.2), "kl-cov": dict(clip_low=1, clip_high=1e9, clip_c=0)}
-PRESETS = {     # a name, or a part of one: what such a model changes
-    "tiny": dict(train_data="addition", eval_data="addition", warmup_data="addition",
-                 warmup_steps=1400, warmup_learning_rate=2e-3, steps=30, prompts_per_step=32,
-                 prompts_per_minibatch=8, resample=0, learning_rate=1e-4, top_p=1.0,
-                 max_prompt_tokens=32, max_response_tokens=64, eval_samples=8,
-                 eval_temperature=1.0, eval_top_p=1.0, save_every=0),
-    "DeepScaleR-1.5B": dict(group_size=16, prompts_per_step=64, steps=900,
-                            max_prompt_tokens=2048, max_response_tokens=24576)}
-
-
-def need(condition, message):
-    """Stop with one line that says what is wrong and how to mend it."""
-    if not condition:
-        raise SystemExit(f"eapo: {message}")
-
-
-def flag(default, text, heading=None, choices=None):
-    """A Config field: its default, its help, the heading that it opens in `--help`."""
-    return field(default=default, metadata=dict(help=text, heading=heading, choices=choices))
+def flag(default, description, group=None):
+    """A field of Config: its default, its line in --help, and the heading that it opens there."""
+    return field(default=default, metadata={"help": description, "group": group})
 
 
 @dataclass
@@ -116,185 +96,1309 @@ class Config:
     model: str = flag("tiny", "tiny, a Hugging Face folder, or a hub id", "the run")
     train_data: str = flag("agentica-org/DeepScaleR-Preview-Dataset",
                            "addition, a .jsonl/.csv/.parquet file, or a hub id[:split]")
-    eval_data: str = flag("HuggingFaceH4/MATH-500", "the same, several with commas between")
+    eval_data: str = flag("HuggingFaceH4/MATH-500", "the same; several with commas between them")
     out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
-    seed: int = flag(0, "seed of weights, data order and sampling")
-    resume: str = flag("", "folder of a run to go on with")
-    save_every: int = flag(20, "steps between checkpoints; 0 = when stopped, or resumed and done")
-    compare: str = flag("", "RUN,RUN...: draw finished runs in one report.html in --out, stop")
+    seed: int = flag(0, "seed of weights, order of problems and sampling")
+    resume: str = flag("", "folder of a run to continue")
+    save_every: int = flag(20, "steps between checkpoints; 0: only when the run is stopped, or "
+                               "when a resumed run ends")
+
     warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
-                            "imitation before RL, for models that do not know the task")
-    warmup_steps: int = flag(0, "optimizer steps of imitation, 16 solutions each; 0 = none")
-    warmup_learning_rate: float = flag(1e-5, "rises over 20 steps, falls over the last 30%")
-    steps: int = flag(220, "RL steps: sample, then learn from what was sampled", "the batch")
-    prompts_per_step: int = flag(512, "groups to learn from in a step; fewer if rounds run out")
-    group_size: int = flag(8, "G, responses to each prompt")
-    prompts_per_minibatch: int = flag(32, "at most so many prompts behind an optimizer step")
-    microbatch_tokens: int = flag(0, "padded tokens in one pass through the model: memory and "
-                                     "speed, not results; 0 = 16384 on a GPU, 2048 on a CPU")
-    resample: int = flag(2, "more rounds of sampling, at most, to replace groups all right or all "
-                            "wrong (dynamic sampling); those are never learned from")
+                            "supervised warm-up before RL, for models that do not know the task")
+    warmup_steps: int = flag(0, "optimizer steps, with 16 solutions each; 0: no warm-up")
+    warmup_learning_rate: float = flag(1e-5, "rises over 20 steps and falls over the last 30%")
+
+    steps: int = flag(220, "RL steps: each samples a batch and learns from it", "the batch")
+    prompts_per_step: int = flag(512, "groups to learn from in a step; fewer if --resample rounds "
+                                      "do not find so many")
+    group_size: int = flag(8, "G, responses per prompt")
+    prompts_per_minibatch: int = flag(32, "at most this many prompts per optimizer step")
+    microbatch_tokens: int = flag(0, "padded tokens per pass through the model; changes memory and "
+                                     "speed, not results; 0: 16384 on a GPU, 2048 on a CPU")
+    resample: int = flag(2, "at most this many more rounds of sampling per step, to replace groups "
+                            "that are all right or all wrong (dynamic sampling)")
+
     max_prompt_tokens: int = flag(1024, "longer prompts are left out", "sampling")
-    max_response_tokens: int = flag(3072, "responses are cut after this many tokens")
-    temperature: float = flag(1.0, "of training: sampling, log-probabilities, entropies")
-    top_p: float = flag(0.95, "draw from the fewest tokens with this probability; 1 = from all")
-    method: str = flag("eapo", "the rule of credit", "credit and loss", tuple(METHODS))
-    alpha: float = flag(0.2, "(7) strength of the entropy term; 0: GRPO's advantages")
-    phi: float = flag(2.0, "(6) |score| is at most |A| / phi")
-    quadrants: str = flag("", "of PHR,PLR,NLR,NHR: no credit elsewhere, (2) still divides by all")
-    without: str = flag("", "quadrants without the entropy term: credit A there, same divisor")
+    max_response_tokens: int = flag(3072, "responses are cut off after this many tokens")
+    temperature: float = flag(1.0, "in training: of sampling, log-probabilities and entropies")
+    top_p: float = flag(0.95, "draw from the fewest tokens that have this probability; 1: from all")
+
+    method: str = flag("eapo", "rule of credit: eapo, grpo, forking, entroadv or w-reinforce; dapo "
+                               "is grpo with --resample 2 --overlong 0.2", "credit and loss")
+    alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives grpo's advantages")
+    phi: float = flag(2.0, "(6) |score| is at most |A| / phi; above alpha")
+    quadrants: str = flag("", "of PHR,PLR,NLR,NHR: credit only to tokens in these quadrants; the "
+                              "mean in (2) is still over all tokens")
+    without: str = flag("", "of PHR,PLR,NLR,NHR: tokens in these quadrants get A, the advantage "
+                            "without the entropy term")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
-    clip_c: float = flag(3.0, "where A < 0, no push beyond rho = c, see `surrogate`; 0 = off")
-    loss_mean: str = flag("tokens", "(2) as a mean over the tokens of a mini-batch, or over those "
-                                    "of each group, then over groups", choices=("tokens", "group"))
-    overlong: float = flag(0.0, "DAPO's soft penalty: over this last share of max_response_tokens "
-                                "the reward falls, by 1 at the end; 0 = off")
-    learning_rate: float = flag(1e-6, "AdamW, constant; gradients are clipped to a norm of 1")
-    eval_every: int = flag(10, "steps between exams, also at both ends; 0 = none", "exams")
-    eval_samples: int = flag(4, "responses to each exam problem: the k of Avg@k and Pass@k")
-    eval_temperature: float = flag(0.6, "of sampling in exams; 0 = greedy")
-    eval_top_p: float = flag(0.95, "of sampling in exams")
-    eval_only: bool = flag(False, "only sit the exams, with --model FOLDER/model for example")
-    gpus: int = flag(0, "GPUs of this machine to use; 0 = all", "the machine")
-    offload: bool = flag(False, "keep weights, gradients and AdamW's moments in host memory")
+    clip_c: float = flag(3.0, "where A < 0, no gradient beyond rho = c, see policy_loss; 0: off")
+    loss_mean: str = flag("tokens", "tokens: (2) is a mean over the tokens of a mini-batch; group: "
+                                    "over the tokens of each group, then over groups")
+    overlong: float = flag(0.0, "the reward falls by up to 1 over this last share of "
+                                "--max-response-tokens (DAPO's soft penalty); 0: off")
+    learning_rate: float = flag(1e-6, "of AdamW; constant")
+
+    eval_every: int = flag(10, "steps between evaluations, besides those before the first and "
+                               "after the last step; 0: none", "evaluation")
+    eval_samples: int = flag(4, "responses per problem: the k of Avg@k and Pass@k")
+    eval_temperature: float = flag(0.6, "of sampling in evaluations; 0: greedy")
+    eval_top_p: float = flag(0.95, "of sampling in evaluations")
+    eval_only: bool = flag(False, "only evaluate, for instance with --model FOLDER/model")
+
+    gpus: int = flag(0, "GPUs of this machine to use; 0: all", "the machine")
+    offload: bool = flag(False, "keep weights, gradients and moments in host memory")
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+PRESETS = {         # a model's name, or a part of it, and the settings that such a model changes
+    "tiny": dict(
+        train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1400,
+        warmup_learning_rate=2e-3, steps=30, prompts_per_step=32, prompts_per_minibatch=8,
+        resample=0, learning_rate=1e-4, top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
+        eval_samples=8, eval_temperature=1.0, eval_top_p=1.0, save_every=0),
+    "DeepScaleR-1.5B": dict(
+        group_size=16, prompts_per_step=64, steps=900, max_prompt_tokens=2048,
+        max_response_tokens=24576),
+}
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 2. The algorithm: tensors in, tensors out. The file is there for it; the rest only feeds it.
+# Part 2. The algorithm: tensors in, tensors out. This is the point of the file.
 # --------------------------------------------------------------------------------------------------
 
 def token_entropy(logits):
-    """H = - sum_v p_v log p_v  in nats, p = softmax(logits).  (..., V) -> (...)
+    """How unsure is the policy?    H = - sum_v p_v log p_v  nats,    p = softmax(logits)
 
-    0 when the policy is sure, log V when it has no idea. Written as log Z - sum_v p_v z_v. A token
-    forbidden by z = -inf counts 0, where 0 * -inf would be nan."""
-    p = logits.softmax(-1)
-    return logits.logsumexp(-1) - (p * torch.where(p > 0, logits, 0)).sum(-1)
+    logits (..., V) -> (...). H is 0 if one token is certain, and log V if all are equally likely.
+    """
+    # The same as log Z - sum_v p_v z_v, with logits z and log Z = logsumexp(z). A forbidden token
+    # has z = -inf and p = 0; its share of the sum is 0, but 0 * -inf would be nan.
+    p = logits.softmax(dim=-1)
+    z = logits.masked_fill(p == 0, 0)
+    return logits.logsumexp(dim=-1) - (p * z).sum(dim=-1)
 
 
 def group_advantages(rewards, group_size):
-    """(1)  A_i = (r_i - mean(r)) / (std(r) + 1e-6)   over the G responses to one prompt.
+    """How much better was each response than the other tries at the same prompt?
 
-    rewards (N,) -> A (N,). The mean of the group stands in for a value network: a response is good
-    if it beat the other tries at its own prompt. In a group all right or all wrong, all of +1 or of
-    -1, every A is 0; it counts in the metrics, and `roll_out` leaves it out of learning."""
-    r = rewards.view(-1, group_size)                                          # (B, G)
-    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).flatten()  # (N,)  (1)
+        A_i = (r_i - mean(r)) / (std(r) + 1e-6)        over the G responses to one prompt       (1)
+
+    rewards (N,) -> advantages (N,); std divides by G - 1. The mean of the group stands in for a
+    learned value network. If all G responses are right, or all wrong, every advantage is 0: such a
+    group teaches nothing, and `collect_rollouts` keeps it out of the update.
+    """
+    r = rewards.reshape(-1, group_size)                                         # (B, G)
+    mean = r.mean(dim=1, keepdim=True)                                          # (B, 1)
+    std = r.std(dim=1, keepdim=True)                                            # (B, 1)
+    advantages = (r - mean) / (std + 1e-6)                                      # (B, G)   (1)
+    return advantages.flatten()                                                 # (N,)
 
 
-def entropy_mean_std(H, mask, group_size):
-    """mu_H and sigma_H: mean and sample deviation (n - 1) of H over all response tokens of a group.
+def entropy_mean_and_std(H, mask, group_size):
+    """Mean and standard deviation of the entropy over all response tokens of each group.
 
-    (N, T), (N, T) -> (N, 1), (N, 1), the same in the G rows of a group. A long response has more
-    tokens and so more say. sigma_H carries + 1e-6, for the group whose tokens are all alike."""
-    m = mask.reshape(len(mask) // group_size, group_size, mask.shape[1])      # (B, G, T)
-    h, n = H.reshape(m.shape), m.sum((1, 2), keepdim=True).clamp(min=1)
-    mu = torch.where(m, h, 0).sum((1, 2), keepdim=True) / n                   # (B, 1, 1)
-    squares = torch.where(m, h - mu, 0).square().sum((1, 2), keepdim=True)
-    sigma = (squares / (n - 1).clamp(min=1)).sqrt() + 1e-6
-    return tuple(x.flatten().repeat_interleave(group_size)[:, None] for x in (mu, sigma))
+    H (N, T) in nats, mask (N, T) -> mu_H (N, 1), sigma_H (N, 1), the same in all rows of a group.
+    Tokens are pooled over the group, so a long response weighs more than a short one. sigma_H
+    divides by n - 1 and has 1e-6 added, for a group whose tokens all have the same entropy.
+    """
+    B = len(H) // group_size
+    m = mask.reshape(B, -1)                                                     # (B, G * T)
+    h = H.reshape(B, -1).masked_fill(~m, 0)             # padding may hold anything, even nan
+    n = m.sum(dim=1, keepdim=True)                                              # (B, 1) tokens
+    mu = h.sum(dim=1, keepdim=True) / n.clamp(min=1)                            # (B, 1)
+
+    deviation = (h - mu).masked_fill(~m, 0)                                     # (B, G * T)
+    squares = deviation.square().sum(dim=1, keepdim=True)                       # (B, 1)
+    sigma = (squares / (n - 1).clamp(min=1)).sqrt() + 1e-6                      # (B, 1)
+
+    mu = mu.repeat_interleave(group_size, dim=0)                                # (N, 1)
+    sigma = sigma.repeat_interleave(group_size, dim=0)                          # (N, 1)
+    return mu, sigma
 
 
 def entropy_score(A, H, mask, group_size, phi):
-    """(6)  score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)
+    """How unusual was the model's uncertainty at each token, within its group?
 
-    (N,), (N, T), (N, T) -> (N, T), meaningless outside the mask. How unusual the uncertainty of a
-    token is within its group, in standard deviations. The two-sided clip scales with |A|: entropy
-    may refine an advantage and, if alpha < phi, which `check` demands, never overwhelm it. It is
-    what the paper calls "dual clipping"; the two clips of `surrogate`, below, are others."""
-    mu, sigma = entropy_mean_std(H, mask, group_size)
-    bound = A.abs()[:, None] / phi                                            # (N, 1)
-    return ((H - mu) / sigma).clamp(-bound, bound)                            # (N, T)  (6)
+        score_t = clip((H_t - mu_H) / sigma_H, -|A| / phi, +|A| / phi)                          (6)
+
+    A (N,), H (N, T), mask (N, T) -> (N, T), meaningless outside the mask. The bound grows with |A|,
+    so that entropy can refine an advantage and never outweigh it. The paper calls this "dual
+    clipping"; the clips of the loss, in `policy_loss`, are others.
+    """
+    mu, sigma = entropy_mean_and_std(H, mask, group_size)                       # (N, 1) both
+    z = (H - mu) / sigma                                # (N, T), in standard deviations
+    bound = A.abs()[:, None] / phi                                              # (N, 1)
+    return z.clamp(-bound, bound)                                               # (N, T)   (6)
 
 
 def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
-    """(7)  A^CA_t = A + alpha sign(A) score_t,   no gradient through score_t.   This is EAPO.
+    """EAPO: give unsure tokens a little more of the credit or blame, and sure tokens a little less.
 
-    A (N,), H (N, T), mask (N, T) -> A^CA (N, T), zero outside the mask. Read it as volume, not
-    direction. sign(A) turns the score to the side of A: a token above mu_H is praised more where A
-    is positive and blamed more where it is negative, a token below mu_H less in both. A^CA / A
-    stays within 1 +- alpha/phi, 0.9 to 1.1 at the defaults: with alpha < phi no sign can turn.
-    alpha = 0 gives every token A, GRPO's advantage. detach: if a gradient flowed through H, the
-    policy could earn by changing its uncertainty instead of its answers. The H of parts 5 and 7 has
-    no gradient anyway; detach protects other callers."""
-    score = entropy_score(A, H, mask, group_size, phi).detach()               # (N, T)
-    return torch.where(mask, A[:, None] + alpha * A.sign()[:, None] * score, 0)     # (N, T)  (7)
+        A^CA_t = A + alpha * sign(A) * score_t                                                  (7)
+
+    A (N,), H (N, T), mask (N, T) -> (N, T), 0 outside the mask. sign(A) turns the score towards A's
+    own side: a token above mu_H is praised more in a good response and blamed more in a bad one, a
+    token below mu_H is praised or blamed less. A^CA / A stays within 1 - alpha/phi and
+    1 + alpha/phi, which is 0.9 to 1.1 at the paper's numbers, so with alpha < phi no advantage can
+    change its sign. alpha = 0 is GRPO.
+    """
+    # No gradient may flow through the score: the policy would then earn by changing how unsure it
+    # is instead of what it answers. Our own H carries no gradient anyway, but a caller's may.
+    score = entropy_score(A, H, mask, group_size, phi).detach()                 # (N, T)
+    shift = alpha * A.sign()[:, None] * score                                   # (N, T)
+    shaped = A[:, None] + shift                                                 # (N, T)   (7)
+    return shaped.masked_fill(~mask, 0)
+
+
+QUADRANTS = ("PHR", "PLR", "NLR", "NHR")                # codes 1, 2, 3, 4
 
 
 def quadrants(rewards, H, mask, group_size):
-    """The paper's four kinds of token (section 4), Positive or Negative, High or Low entropy:
+    """The paper's four kinds of token: a Positive or Negative reward, a High or Low entropy.
 
-        1 PHR  r >= 0, H >= mu_H   right, at a fork      2 PLR  r >= 0, H <  mu_H   right, routine
-        3 NLR  r <  0, H <  mu_H   wrong, routine        4 NHR  r <  0, H >= mu_H   wrong, at a fork
+        1 PHR    right response, H >= mu_H              2 PLR    right response, H < mu_H
+        4 NHR    wrong response, H >= mu_H              3 NLR    wrong response, H < mu_H
 
-    By r, not A: with --overlong a right response may be blamed, and stays in PHR and PLR.
-    (N,), (N, T), (N, T) -> (N, T) int, 0 outside the mask. They split the response tokens, so the
-    losses of the four, over one denominator, add up to the whole. In the paper the gains of
-    learning live in PHR, NHR."""
-    mu, _ = entropy_mean_std(H, mask, group_size)
-    high, positive = H >= mu, rewards[:, None] >= 0                           # (N, T), (N, 1)
-    return torch.where(positive, torch.where(high, 1, 2), torch.where(high, 4, 3)) * mask
+    rewards (N,), above 0 for right responses, H (N, T), mask (N, T) -> (N, T) int, 0 outside the
+    mask. Every response token is in exactly one quadrant, so the losses of the four add up to the
+    whole loss. In the paper the gains come from the two with high entropy.
+    """
+    mu, _ = entropy_mean_and_std(H, mask, group_size)                           # (N, 1)
+    high = H >= mu                                                              # (N, T)
+    right = rewards[:, None] > 0                                                # (N, 1)
 
-
-def surrogate(rho, A, clip_low, clip_high, clip_c):
-    """(2)  min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A); not in (2): for A < 0, at least c A.
-
-    (N, T), (N, T) -> (N, T). Once a good token is 1 + eps_high times as likely as when it was
-    sampled, or a bad one 1 - eps_low times, pushing further pays nothing: the gradient is 0. A bad
-    token that has become likelier is still pushed back, but no longer beyond rho = c, where rho A
-    is cut at c A (Ye et al. 2020, who call PPO with both clips dual-clip; clip_c = 0: no cut)."""
-    gain = torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)     # (N, T)  (2)
-    return torch.where(A < 0, gain.clamp(min=clip_c * A), gain) if clip_c else gain
+    code = torch.zeros(H.shape, dtype=torch.long, device=H.device)              # (N, T)
+    code[mask & right & high] = 1
+    code[mask & right & ~high] = 2
+    code[mask & ~right & ~high] = 3
+    code[mask & ~right & high] = 4
+    return code
 
 
-def policy_loss(logp, old_logp, A, mask, clip_low, clip_high, clip_c):
-    """- sum over tokens of mask * surrogate (2), mask 0 or 1 or any weight.  (N, T) each -> scalar.
+def policy_loss(logp, old_logp, A, weight, clip_low, clip_high, clip_c):
+    """The clipped objective as a loss, summed over tokens.
 
-    A sum, not the mean of (2), so that a batch may be cut anywhere; a mean where the weights add up
-    to 1 over the mini-batch, as `descend` makes them. On a step's first mini-batch rho is 1 but for
-    rounding, and the gradient is the policy gradient, - sum of mask A grad log pi."""
-    rho = (logp - old_logp).exp()                                             # (N, T)
-    return -(surrogate(rho, A, clip_low, clip_high, clip_c) * mask).sum()
+        L = - sum_t weight_t * min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t)       (2)
+
+    logp, old_logp: log-probabilities of the tokens under pi_theta and pi_old; A: their credit;
+    weight: the mask, or any other weights that are 0 outside it; all (N, T) -> scalar. It is a sum,
+    so a batch can be cut anywhere, and a mean if the weights add up to 1.
+    """
+    rho = (logp - old_logp).exp()                       # (N, T), 1 on a step's first mini-batch
+    clipped = rho.clamp(1 - clip_low, 1 + clip_high)                            # (N, T)
+
+    # Once a good token is 1 + eps_high times as likely as when it was sampled, its gradient is 0,
+    # and so is a bad token's at 1 - eps_low. min keeps the gradient of a token that went the wrong
+    # way: a bad token that has become likelier is pushed back.
+    gain = torch.min(rho * A, clipped * A)                                      # (N, T)   (2)
+
+    # For a bad token that has become much likelier, rho * A has no lower bound. The "dual clip" of
+    # PPO (Ye et al. 2020) stops it at c * A: beyond rho = c the gradient is 0.
+    if clip_c > 0:
+        gain = torch.where(A < 0, torch.maximum(gain, clip_c * A), gain)
+    return -(gain * weight).sum()
+
+
+def clipped_tokens(logp, old_logp, A, clip_low, clip_high, clip_c):
+    """Where do the clips of `policy_loss` leave a token without a gradient?  (N, T) -> (N, T) bool"""
+    rho = (logp - old_logp).exp()                                               # (N, T)
+    clipped = (A > 0) & (rho > 1 + clip_high)
+    clipped |= (A < 0) & (rho < 1 - clip_low)
+    if clip_c > 0:
+        clipped |= (A < 0) & (rho > clip_c)
+    return clipped
 
 
 def token_weights(mask, group_size, loss_mean):
-    """What each token counts in (2), (N, T). "tokens": 1, the same in any response, as in DAPO and
-    verl, the framework of EAPO's authors. "group": 1 / (tokens of its group), a mean per group
-    and then over groups, which is how the paper prints (2)."""
-    tokens = mask.sum(1).view(-1, group_size).sum(1).repeat_interleave(group_size)[:, None]
-    return mask / tokens if loss_mean == "group" else mask.float()
+    """How much each token counts in (2), before the weights are made to add up to 1.
 
-
-def credit_rule(method, A, H, mask, group_size, alpha, phi):
-    """The credit of each token under a method: EAPO and those that the paper compares it with
-    (appendix B.4).  A (N,), H (N, T), mask (N, T) -> (N, T), zero outside the mask.
-
-    grpo        A; not the textbook's: DAPO's clips and mean, clip_c, resampling but for tiny; no KL
-    dapo        A; grpo with a penalty on length, see METHODS, and resampling for tiny too
-    entroreg    A; grpo with a bonus for H in the loss, see `learn`
-    kl-cov      A; no clips, but a penalty in the loss on tokens that `give_credit` marks
-    forking     A where H is among the highest 20% of the step, else 0 (Wang et al. 2025)
-    entroadv    A + min(0.4 H, |A| / 2): at forks more praise and less blame (Cheng et al. 2025)
-    w-reinforce A, but a tenth of it where A > 0 (Zhu et al. 2025)
-
-    A token without credit stays in the denominator of (2). Your own rule: its name in METHODS, part
-    1, and a line in `rules`, where A is (N, 1) by then, and the rows are all of the step, dropped
-    groups too (without the line it is GRPO). What adds to the loss goes into `learn`. Another A is
-    made in `group_advantages`, another rho in `policy_loss`, `learn` and `write_report`. To take
-    EAPO out, delete the `if` below, `entropy_aware_advantages`, `entropy_score` and "eapo" in
-    METHODS, and make "grpo" the default of `method`; --alpha, --phi, --without are idle then."""
-    if method == "eapo":
-        return entropy_aware_advantages(A, H, mask, group_size, alpha, phi)
-    A = A[:, None]                                                            # (N, 1)
-    rules = {"forking": lambda: A * (H >= H[mask].topk(math.ceil(int(mask.sum()) / 5)).values[-1]),
-             "entroadv": lambda: A + torch.minimum(0.4 * H, A.abs() / 2),
-             "w-reinforce": lambda: torch.where(A > 0, 0.1 * A, A)}
-    return rules.get(method, lambda: A)().detach() * mask                     # (N, T)
+    mask (N, T) -> (N, T). "tokens": every token counts the same, as in DAPO and in verl, the
+    framework of the paper's authors. "group": every group counts the same, as (2) is printed.
+    """
+    if loss_mean == "tokens":
+        return mask.float()
+    tokens = mask.reshape(-1, group_size * mask.shape[1]).sum(dim=1)            # (B,)
+    tokens = tokens.repeat_interleave(group_size)[:, None]                      # (N, 1)
+    return mask / tokens
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 3. The verifier: is the boxed answer equal to the gold? (For how, come back later.) It scans
+# Part 3. The loop: sample, mark, credit, update, evaluate. Parts 4 to 7 explain what it calls.
+# --------------------------------------------------------------------------------------------------
+
+def train(cfg):
+    """Reinforcement learning with verifiable rewards -> the Run, whose folder holds all it leaves.
+
+    A supervised warm-up comes first, if the settings ask for one.
+    """
+    run = open_run(cfg)
+    world = run.world           # the processes: one per GPU, each with a share of the work
+    policy = run.policy         # pi_theta
+    if cfg.resume:
+        load_checkpoint(run)
+    else:
+        warm_up(run)
+        run.log(0, evaluate(run, step=0))
+
+    for step in run.steps():
+        # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
+        # The batch remembers the log-probability and entropy of every token as they are now: pi_old.
+        batch = collect_rollouts(run)
+
+        # Credit each response against its group, and then each token by its entropy (or by another
+        # rule, if --method names one).
+        batch.advantage = group_advantages(batch.reward, cfg.group_size)        # (N,)     (1)
+        batch.credit = assign_credit(batch, cfg)                                # (N, T)   (7)
+
+        # Update: one optimizer step on (2) for each mini-batch. A mini-batch may not fit in memory,
+        # so its gradient is summed over micro-batches.
+        world.begin("update")
+        sums = Counter()
+        for mini in mini_batches(run, batch):
+            mini.weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)
+            total = world.sum(mini.weight.sum())        # over all processes, before any backward
+            for micro in micro_batches(run, mini):
+                logp, _ = policy(micro, cfg.temperature)                        # (n, T)
+                clips = (cfg.clip_low, cfg.clip_high, cfg.clip_c)
+                loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight / total, *clips)
+                (loss * world.size).backward()          # FSDP averages over processes: undo that
+                sums["loss"] += float(loss.detach())
+                sums["clipped"] += int(clipped_tokens(logp, micro.old_logp, micro.credit,
+                                                      *clips).sum())
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
+            sums["grad_norm"] += require_finite(run, norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            sums["updates"] += 1
+
+        # Watch the solve rate. The loss of a policy gradient does not measure progress: its value
+        # is near 0 by construction, and only its gradient means something.
+        metrics = measure(run, batch, sums)
+        if run.evaluation_is_due(step):
+            metrics |= evaluate(run, step)
+        run.log(step, metrics)
+        if run.checkpoint_is_due(step):
+            save_checkpoint(run, step)
+
+    close_run(run)
+    return run
+
+
+def assign_credit(batch, cfg):
+    """The credit of each token: what takes the place of A_t in (2).  -> (N, T), 0 outside the mask
+
+    `advantage`, `old_logp`, `H` and the other fields of the Batch are set by now, and its rows are
+    all of the step's responses, those of dropped groups too. A rule of your own is a function
+    like the ones below and an entry in CREDIT_RULES. Tokens without credit still count in the
+    denominator of (2).
+    """
+    credit = CREDIT_RULES[cfg.method](batch, cfg)                               # (N, T)
+    batch.quadrant = quadrants(batch.right, batch.H, batch.mask, cfg.group_size)
+    if cfg.without:
+        here = in_quadrants(batch, cfg.without)
+        credit = torch.where(here, batch.advantage[:, None], credit)
+    if cfg.quadrants:
+        here = in_quadrants(batch, cfg.quadrants)
+        credit = credit.masked_fill(~here, 0)
+    return credit.masked_fill(~batch.mask, 0)
+
+
+def in_quadrants(batch, names):
+    """Where are the tokens of the named quadrants, for example "PHR,NHR"?  -> (N, T) bool"""
+    codes = [1 + QUADRANTS.index(name) for name in split_names(names)]
+    return torch.isin(batch.quadrant, torch.tensor(codes))
+
+
+def eapo_credit(batch, cfg):
+    return entropy_aware_advantages(
+        batch.advantage, batch.H, batch.mask, cfg.group_size, cfg.alpha, cfg.phi)
+
+
+def grpo_credit(batch, cfg):
+    """The same advantage for every token. With DAPO's clips and no KL term, as everywhere here."""
+    return batch.advantage[:, None].expand(batch.H.shape)
+
+
+def forking_credit(batch, cfg):
+    """Credit only where H is among the highest 20% of the step (Wang et al. 2025)."""
+    H = batch.H[batch.mask]
+    forks = math.ceil(len(H) / 5)
+    lowest = H.topk(forks).values[-1]
+    return batch.advantage[:, None].masked_fill(batch.H < lowest, 0)
+
+
+def entroadv_credit(batch, cfg):
+    """More praise but less blame where the policy is unsure (Cheng et al. 2025)."""
+    A = batch.advantage[:, None]
+    return A + torch.minimum(0.4 * batch.H, A.abs() / 2)
+
+
+def w_reinforce_credit(batch, cfg):
+    """A tenth of the praise and all of the blame (Zhu et al. 2025)."""
+    A = batch.advantage[:, None].expand(batch.H.shape)
+    return torch.where(A > 0, 0.1 * A, A)
+
+
+CREDIT_RULES = {
+    "eapo": eapo_credit,
+    "grpo": grpo_credit,
+    "forking": forking_credit,
+    "entroadv": entroadv_credit,
+    "w-reinforce": w_reinforce_credit,
+}
+
+
+@dataclass
+class Run:
+    """What the parts of a run share, and when something is due."""
+    cfg: Config
+    world: object               # the processes, Appendix B
+    out: str                    # folder of the run
+    policy: object              # pi_theta, a Policy of part 5
+    tokenizer: object
+    stop_ids: list              # a response ends with one of these, the tokenizer's own first
+    sampler: object             # the model that samples: the policy's own, or a whole copy of it
+    optimizer: object = None
+    stream: object = None                                   # the training problems, part 6
+    eval_sets: dict = field(default_factory=dict)           # {name: problems}
+    history: list = field(default_factory=list)             # the rows of metrics.jsonl
+    results: list = field(default_factory=list)             # of evaluations, as printed
+    done: int = 0               # steps
+    stopping: bool = False      # a signal asked for an end
+    bar: object = None          # the progress bar over steps
+
+    def steps(self):
+        """The numbers of the steps still to be done, until all are or a signal asks for an end."""
+        last = 0 if self.cfg.eval_only else self.cfg.steps
+        self.bar = self.world.bar(range(self.done + 1, last + 1), self.cfg.method)
+        for step in self.bar:
+            self.world.start_clock()
+            yield step
+            self.done = step
+            if self.stopping:
+                break
+
+    def is_due(self, step, every):
+        """Whether something is due that is done every so many steps and after the last."""
+        return every > 0 and (step % every == 0 or step == self.cfg.steps)
+
+    def evaluation_is_due(self, step):
+        self.check_signals(step)
+        return self.is_due(step, self.cfg.eval_every) and not self.stopping
+
+    def checkpoint_is_due(self, step):
+        self.check_signals(step)
+        resumed_run_ends = self.cfg.resume and step == self.cfg.steps
+        return self.is_due(step, self.cfg.save_every) or self.stopping or resumed_run_ends
+
+    def check_signals(self, step):
+        self.stopping = self.world.asked_to_stop() and step < self.cfg.steps
+
+    def log(self, step, metrics):
+        """Add a step to history and metrics.jsonl, and warn of what spoils all other steps."""
+        self.history.append({"step": step, **metrics})
+        if self.world.rank == 0:
+            with open(f"{self.out}/metrics.jsonl", "a") as f:
+                f.write(json.dumps(self.history[-1]) + "\n")
+        if step > 0:
+            self.bar.set_postfix_str(
+                f"solve rate {metrics['solve_rate']:.2f}, entropy {metrics['entropy']:.3f} nats, "
+                f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
+        if step == 1:
+            warn_of_first_step(self, metrics)
+
+
+# --------------------------------------------------------------------------------------------------
+# Part 4. Rollouts: from prompts to a Batch of marked responses, with what pi_old says of every token
+# of them. Each process samples and marks its share of the prompts; then all have the whole batch.
+# --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Batch:
+    """N responses, the G responses to a prompt in neighbouring rows. Fields are None until known.
+
+    A row is a prompt, its response, and zeros up to the longest row. The batch is in host memory,
+    except for the micro-batch that a GPU works on. Masks come from the lengths, never from token
+    values: many models pad with their stop token.
+    """
+    ids: torch.Tensor               # (N, L) prompt, then response
+    prompt_len: torch.Tensor        # (N,)   tokens
+    response_len: torch.Tensor      # (N,)   tokens, the stop token included
+    old_logp: torch.Tensor = None   # (N, T) log-probability of each response token under pi_old
+    H: torch.Tensor = None          # (N, T) entropy of pi_old before each response token, nats
+    ended: torch.Tensor = None      # (N,)   True: the model stopped by itself; False: cut off
+    gap: torch.Tensor = None        # (N,)   sum over tokens of |log pi_sampler - log pi_old|, nats
+    number: torch.Tensor = None     # (N,)   the problem's place in its stream or evaluation set
+    right: torch.Tensor = None      # (N,)   the verdict of the verifier
+    reward: torch.Tensor = None     # (N,)   r
+    kept: torch.Tensor = None       # (N,)   False: the group is all right or all wrong
+    advantage: torch.Tensor = None  # (N,)   A
+    credit: torch.Tensor = None     # (N, T) what the loss takes as A: A^CA, or another rule's
+    quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside the mask
+    weight: torch.Tensor = None     # (N, T) what each token counts in the loss
+
+    @property
+    def mask(self):
+        """(N, T) True on response tokens."""
+        T = max(self.response_len.tolist(), default=0)
+        places = torch.arange(T, device=self.ids.device)
+        return places < self.response_len[:, None]
+
+    def apply(self, f):
+        """The Batch of f(name, tensor) for every field that is known."""
+        known = {name: x for name, x in vars(self).items() if x is not None}
+        return Batch(**{name: f(name, x) for name, x in known.items()})
+
+    def rows(self, index):
+        """The Batch of some rows (indices, a slice, or True and False), cut to its longest row."""
+        few = self.apply(lambda name, x: x[index])
+        L = max((few.prompt_len + few.response_len).tolist(), default=0)
+        T = few.mask.shape[1]
+
+        def cut(name, x):
+            if x.dim() == 1:
+                return x
+            return x[:, :L] if name == "ids" else x[:, :T]
+        return few.apply(cut)
+
+    def to(self, device):
+        return self.apply(lambda name, x: x.to(device))
+
+    def response(self, i):
+        """The tokens of response i, as a list of ids."""
+        start = int(self.prompt_len[i])
+        end = start + int(self.response_len[i])
+        return self.ids[i, start:end].tolist()
+
+
+def make_batch(prompts, responses):
+    """Lists of token ids, one prompt and one response per row -> a Batch with ids and lengths."""
+    rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
+    if rows:
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    else:
+        ids = torch.zeros(0, 0, dtype=torch.long)       # this process has nothing to do
+    prompt_len = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
+    response_len = torch.tensor([len(response) for response in responses], dtype=torch.long)
+    return Batch(ids, prompt_len, response_len)
+
+
+def concatenate(batches):
+    """Batches with the same fields -> one Batch, padded to the longest row of all."""
+    def stack(name, _):
+        parts = [getattr(batch, name) for batch in batches]
+        width = max(part.shape[-1] for part in parts)
+        if parts[0].dim() == 2:
+            parts = [F.pad(part, (0, width - part.shape[1])) for part in parts]
+        return torch.cat(parts)
+    return batches[0].apply(stack)
+
+
+def collect_rollouts(run):
+    """Sample and mark until prompts_per_step groups can teach something -> all that was sampled.
+
+    A group that is all right or all wrong cannot: its advantages are 0 (or, with --overlong, about
+    length alone). `kept` is False there, and while rounds are left, the next problems are tried in
+    its place: dynamic sampling, as in DAPO.
+    """
+    cfg = run.cfg
+    rounds = []
+    missing = cfg.prompts_per_step
+    while missing > 0 and len(rounds) <= cfg.resample:
+        problems = run.stream.take(missing)
+        batch = sample_and_mark(run, problems, "train", cfg.group_size, cfg.temperature, cfg.top_p)
+        right = batch.right.reshape(-1, cfg.group_size)                         # (B, G)
+        mixed = right.any(dim=1) & ~right.all(dim=1)                            # (B,)
+        batch.kept = mixed.repeat_interleave(cfg.group_size)                    # (N,)
+        missing -= int(mixed.sum())
+        rounds.append(batch)
+    empty_sampler(run)
+    return concatenate(rounds)
+
+
+def sample_and_mark(run, numbered, name, samples, temperature, top_p):
+    """Several responses to each (number, problem), with their rewards -> a Batch, in that order.
+
+    name: "train" or the name of an evaluation set. The random numbers of a response depend on it,
+    on the seed of the run and on the number of the problem, and on nothing else.
+    """
+    world = run.world
+    world.begin("sample")
+    mine = world.share(numbered)
+    prompts = [problem.ids for _, problem in mine]
+    seeds = [crc32(f"{run.cfg.seed} {name} {number}".encode()) for number, _ in mine]
+    batch = generate_all(run, prompts, samples, temperature, top_p, seeds)
+
+    # The loss compares pi_theta with pi_old, so both must come from the same computation. A bf16
+    # copy with a KV cache rounds differently from the policy, which therefore scores the responses.
+    sampled_logp = batch.old_logp
+    if world.bf16:
+        score(run, batch, temperature)
+    batch.gap = (sampled_logp - batch.old_logp).abs().sum(dim=1)
+    world.begin("other")
+
+    numbers = torch.tensor([number for number, _ in mine], dtype=torch.long)
+    batch.number = numbers.repeat_interleave(samples)
+    mark(run, batch, [problem for _, problem in mine for _ in range(samples)])
+
+    batch = concatenate(world.gather(batch))            # what all processes sampled
+    return batch.rows(batch.number.argsort(stable=True))
+
+
+def mark(run, batch, problems):
+    """Set `right`, the verdict on each response, and `reward`: +1 or -1, or less with --overlong.
+
+    A reward of your own goes here. `right` decides which groups are dropped, the quadrants and the
+    solve rate, so the reward may have any scale.
+    """
+    cfg = run.cfg
+    verdicts = []
+    for text, problem in zip(texts(run, batch), problems):
+        check = problem.check or is_correct             # a task may bring its own
+        verdicts.append(bool(check(text, problem.answer)))
+    batch.right = torch.tensor(verdicts, dtype=torch.bool)
+    batch.reward = torch.where(batch.right, 1.0, -1.0)
+
+    # DAPO's soft penalty for overlong responses: 0 up to the last share of the tokens, then falling
+    # evenly to -1 at the limit.
+    if cfg.overlong > 0:
+        last_share = cfg.overlong * cfg.max_response_tokens
+        room = cfg.max_response_tokens - batch.response_len                     # tokens left
+        batch.reward -= (1 - room / last_share).clamp(0, 1)
+
+
+def texts(run, batch):
+    """The responses as text, without stop tokens and other special ones."""
+    responses = [batch.response(i) for i in range(len(batch.ids))]
+    return run.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def score(run, batch, temperature):
+    """Replace old_logp and H of a batch by those of the policy."""
+    run.world.begin("score")
+    batch.old_logp = torch.zeros(batch.mask.shape)
+    batch.H = torch.zeros(batch.mask.shape)
+    for rows in micro_batch_rows(run, batch):
+        micro = batch.rows(rows).to(run.world.device)
+        logp, H = run.policy(micro, temperature)                                # (n, t) both
+        t = logp.shape[1]
+        batch.old_logp[rows, :t] = logp.cpu()
+        batch.H[rows, :t] = H.cpu()
+
+
+def generate_all(run, prompts, samples, temperature, top_p, seeds):
+    """Several responses to each prompt -> a Batch; as many prompts at a time as memory holds."""
+    cfg = run.cfg
+    lm = fill_sampler(run)
+    longest = max((len(prompt) for prompt in prompts), default=0) + cfg.max_response_tokens
+    groups = groups_at_once(lm, longest, samples, run.world.free_memory())
+    nothing = make_batch([], [])
+    nothing.old_logp = nothing.H = torch.zeros(0, 0)
+    nothing.ended = torch.zeros(0, dtype=torch.bool)
+    batches = [nothing]
+    for i in run.world.bar(range(0, len(prompts), groups), "sampling", least=5, leave=False):
+        batches.append(generate(lm, prompts[i:i + groups], samples, cfg.max_response_tokens,
+                                temperature, top_p, run.stop_ids, seeds[i:i + groups]))
+    return concatenate(batches)
+
+
+class RoomyLayer(transformers.cache_utils.DynamicLayer):
+    """One layer's KV cache: keys and values of the prompts, (B, heads, P, d), then repeated for the
+    G tries, with room for all tokens to come: else each new one would copy the whole cache."""
+    used = 0                                            # tokens
+
+    def get_seq_length(self):
+        return self.used
+
+    def make_room(self, group_size, tokens):
+        self.keys, self.values = (
+            torch.nn.functional.pad(x.repeat_interleave(group_size, 0), (0, 0, 0, tokens))
+            for x in (self.keys, self.values))
+
+    def update(self, keys, values, *args, **kwargs):
+        old, self.used = self.used, self.used + keys.shape[2]
+        if old == 0:
+            return super().update(keys, values)
+        self.keys[:, :, old:self.used], self.values[:, :, old:self.used] = keys, values
+        return self.keys[:, :, :self.used], self.values[:, :, :self.used]
+
+
+def attention_of_one_token(module, q, k, v, mask, scaling=None, **how):
+    """softmax(q k / sqrt(d)) v  for the newest token of each row; all else goes to torch's sdpa.
+    q (rows, heads, 1, d), k and v (rows, fewer heads, S, d): a key serves several query heads,
+    which take the place of positions here. sdpa, given a mask, would copy a key for each of them.
+    """
+    rows, heads, n, d = q.shape
+    if n > 1:
+        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **how)
+    scores = (q.view(rows, k.shape[1], -1, d) @ k.transpose(2, 3)).float() * scaling
+    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)   # (rows, .., .., S)
+    return (scores.softmax(-1).to(v.dtype) @ v).view(rows, 1, heads, d), None
+
+
+transformers.AttentionInterface.register("one token", attention_of_one_token)       # see `load`
+transformers.AttentionMaskInterface.register("one token", sdpa_mask)
+
+
+@torch.no_grad()
+def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
+    """G responses to each prompt -> a Batch of N rows: decoding, written out."""
+    device, P, stop = lm.device, max(map(len, prompts)), torch.tensor(stop_ids, device=lm.device)
+    ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
+    seen = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
+    u = torch.cat([torch.rand(group_size, max_tokens, generator=torch.Generator().manual_seed(s))
+                   for s in seeds]).to(device)                                         # (N, max)
+    tokens, length = torch.zeros_like(u, dtype=torch.long), u.new_zeros(len(u), dtype=torch.long)
+    (logp, H), row = torch.zeros(2, *u.shape, device=device), torch.arange(len(u), device=device)
+    cache, writes = transformers.Cache(layer_class_to_replicate=RoomyLayer), row >= 0  # (rows,)
+    new, position = ids, (seen.cumsum(1) - 1).clamp(min=0)
+    for t in range(max_tokens):
+        logits = lm(new, attention_mask=seen, position_ids=position, past_key_values=cache,
+                    use_cache=True, logits_to_keep=1).logits[:, -1]                    # (rows, V)
+        if t == 0:
+            for layer in cache.layers:
+                layer.make_room(group_size, max_tokens)
+            logits, seen = (x.repeat_interleave(group_size, 0) for x in (logits, seen))
+        token = draw(logits, u[row, t], temperature, top_p)                            # (rows,)
+        tokens[row, t], length[row[writes]] = token, t + 1
+        logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
+        writes = writes & ~torch.isin(token, stop)
+        if not writes.any():
+            break
+        if writes.sum() <= 0.8 * len(writes):       # not sooner: each time the cache is copied
+            cache.batch_select_indices(writes.nonzero()[:, 0])
+            row, token, seen, writes = (x[writes] for x in (row, token, seen, writes))
+        new, position = token[:, None], seen.sum(1, keepdim=True)                      # (rows, 1)
+        seen = torch.cat([seen, torch.ones_like(position)], 1)
+    responses = [x[:n] for x, n in zip(tokens.tolist(), length.tolist())]
+    batch = make_batch([p for p in prompts for _ in range(group_size)], responses)
+    logp, H = (torch.where(batch.mask, x.cpu()[:, :batch.mask.shape[1]], 0) for x in (logp, H))
+    ended = torch.isin(tokens.gather(1, length[:, None] - 1)[:, 0], stop)              # (N,)
+    return replace(batch, old_logp=logp, H=H, ended=ended.cpu())
+
+
+def groups_at_once(lm, tokens, group_size, free):
+    c, width = lm.config, lm.dtype.itemsize
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    cache = 2 * c.num_hidden_layers * heads * head * width * tokens
+    one = group_size * (cache + 40 * c.vocab_size)
+    return max(1, int(min(512 // group_size, 0.8 * free / one)))
+
+
+def draw(logits, u, temperature, top_p):
+    """One token per row by inverse CDF sampling.  logits (rows, V), u (rows,) in [0, 1) -> (rows,)
+
+    Lay the tokens end to end, each as long as its probability: the token drawn is the one in which
+    u falls. top_p < 1 lays out only the likeliest tokens, as many as it takes to reach top_p, and
+    always at least one. Temperature 0 takes the likeliest.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    p = (logits.float() / temperature).softmax(dim=-1)                          # (rows, V)
+    order = None
+    if top_p < 1:
+        p, order = p.sort(dim=-1, descending=True)
+        before = p.cumsum(dim=-1) - p                   # what the likelier tokens hold together
+        p = p.masked_fill(before >= top_p, 0)
+    # In double precision, so that no token with probability 0 has a length. The sum of p is not
+    # exactly 1, so u is stretched to it.
+    ends = p.double().cumsum(dim=-1)                                            # (rows, V)
+    place = torch.searchsorted(ends, u[:, None] * ends[:, -1:], right=True)     # (rows, 1)
+    if order is not None:
+        place = order.gather(-1, place)
+    return place[:, 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Part 5. The policy: a causal language model, and the two numbers that we need from it at every
+# response token: the log-probability of the token and the entropy before it.
+# --------------------------------------------------------------------------------------------------
+
+def log_prob_and_entropy(logits, tokens, temperature):
+    """log pi(token) and H of pi = softmax(logits / temperature), over the whole vocabulary in fp32.
+
+    logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all come here, so
+    they agree. Temperature 0, which draws greedily, counts as 1. top_p plays no part: tokens are
+    drawn from a truncated pi, but pi_old and rho mean the whole of it, as in verl.
+    """
+    if temperature == 0:
+        temperature = 1.0
+    logits = logits.float() / temperature
+    logit = logits.gather(-1, tokens[:, None])[:, 0]                            # (M,)
+    logp = logit - logits.logsumexp(dim=-1)                                     # (M,)
+    return logp, token_entropy(logits)
+
+
+class Policy(torch.nn.Module):
+    """pi_theta: a transformers language model that returns what RL needs, instead of logits."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch, temperature):
+        """log pi_theta of every response token, and H before it.  Batch -> (N, T) both, 0 outside"""
+        ids = batch.ids                                                         # (N, L)
+        mask = batch.mask                                                       # (N, T)
+        if len(ids) == 0:
+            # This process has no more rows, but FSDP needs all of them to run the model equally
+            # often, so it runs on a token that nothing is made of.
+            ids = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
+
+        # Rows are padded on the right, where no token of a causal model can see the padding. So
+        # there is no need for an attention mask.
+        hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+        # Response token t of a row stands at prompt_len + t, and the hidden state one place to the
+        # left predicts it. Only these states go through the head.
+        row, t = mask.nonzero(as_tuple=True)                                    # (M,) both
+        place = batch.prompt_len[row] + t                                       # (M,)
+        head = self.lm.get_output_embeddings().weight                           # (V, D)
+        logp, H = HeadInChunks.apply(hidden[row, place - 1], head, ids[row, place], temperature)
+
+        outside = torch.zeros(mask.shape, device=ids.device)                    # (N, T)
+        return outside.index_put((row, t), logp), outside.index_put((row, t), H)
+
+
+LOGITS_AT_ONCE = 2 ** 25        # numbers: 128 MB in fp32
+
+
+class HeadInChunks(torch.autograd.Function):
+    """log pi(token) and H from hidden states (M, D) and the head's weight (V, D), without (M, V).
+
+    The matrix of logits would be the largest thing in training: 4096 tokens at V = 152,064 make
+    2.5 GB in fp32, several times over with gradients. So tokens go through the head a chunk at a
+    time, once in forward and again in backward, and only one chunk of logits exists at once. With
+    z = logits / temperature and p = softmax(z), o the token, backward is
+
+        d log pi(o) / d z_v = [v = o] - p_v             (5): it vanishes as pi(o) goes to 1
+        d H / d z_v         = -p_v (log p_v + H)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature):
+        chunk = max(1, LOGITS_AT_ONCE // len(weight))                           # tokens
+        logps = []
+        Hs = []
+        for h, o in zip(hidden.split(chunk), tokens.split(chunk)):
+            logp, H = log_prob_and_entropy(h @ weight.T, o, temperature)
+            logps.append(logp)
+            Hs.append(H)
+        H = torch.cat(Hs)                                                       # (M,)
+        ctx.save_for_backward(hidden, weight, tokens, H)
+        ctx.temperature = temperature
+        ctx.chunk = chunk
+        return torch.cat(logps), H
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_H):
+        hidden, weight, tokens, H = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        for start in range(0, len(tokens), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            z = (hidden[part] @ weight.T).float() / ctx.temperature             # (chunk, V)
+            log_p = z.log_softmax(dim=-1).clamp(min=-1e4)       # -inf times p = 0 would be nan
+            p = log_p.exp()
+
+            # Both formulas, weighted by the gradients that arrive here: first what all tokens of
+            # the vocabulary get, then the 1 of [v = o].
+            grad_z = -p * (grad_logp[part, None] + grad_H[part, None] * (log_p + H[part, None]))
+            grad_z.scatter_add_(1, tokens[part, None], grad_logp[part, None])
+            grad_logits = (grad_z / ctx.temperature).to(weight.dtype)           # (chunk, V)
+
+            grad_hidden[part] = grad_logits @ weight
+            grad_weight.addmm_(grad_logits.T, hidden[part])
+        return grad_hidden, grad_weight, None, None
+
+
+def mini_batches(run, batch):
+    """This process's share of each mini-batch of kept groups, one optimizer step each; maybe empty.
+
+    At most prompts_per_minibatch groups each, equally many but for one, in the order of the stream,
+    which is random.
+    """
+    groups = batch.kept.nonzero().reshape(-1, run.cfg.group_size)               # (groups, G) rows
+    count = math.ceil(len(groups) / run.cfg.prompts_per_minibatch)
+    for k in range(count):
+        start = k * len(groups) // count
+        end = (k + 1) * len(groups) // count
+        mine = run.world.share(groups[start:end])
+        yield batch.rows(mine.flatten())
+
+
+def micro_batches(run, batch):
+    """The batch in pieces that fit in memory, on the device that computes."""
+    for rows in micro_batch_rows(run, batch):
+        yield batch.rows(rows).to(run.world.device)
+
+
+def micro_batch_rows(run, batch):
+    """Indices of rows for each micro-batch: a list of (n,).
+
+    n * longest row is at most microbatch_tokens, unless a single row is longer. Rows are sorted by
+    length, so that neighbours are alike and little is padding.
+    """
+    lengths = batch.prompt_len + batch.response_len                             # (N,)
+    rest = lengths.argsort(descending=True, stable=True)
+    pieces = []
+    while len(rest) > 0:
+        longest = int(lengths[rest[0]])
+        n = max(1, run.world.microbatch_tokens // longest)
+        pieces.append(rest[:n])
+        rest = rest[n:]
+
+    # All processes must run the model equally often: who has less to do adds empty pieces.
+    most = max(run.world.gather(len(pieces)))
+    while len(pieces) < most:
+        pieces.append(rest)
+    return pieces
+
+
+def require_finite(run, norm):
+    """The norm of the gradient as a number; nan or infinity ends the run before it does harm."""
+    norm = float(run.world.whole(norm))
+    require(math.isfinite(norm), f"the gradient is {norm}, and the step was not taken. Look at "
+            "--learning-rate and at the last lines of metrics.jsonl")
+    return norm
+
+
+def warm_up(run):
+    """Supervised warm-up: imitate worked solutions, so that RL has something to mark.
+
+    RL can only reinforce what the model already tries now and then. The loss is the mean of -log p
+    over the tokens of the solutions, their stop tokens included.
+    """
+    cfg = run.cfg
+    world = run.world
+    if cfg.warmup_steps == 0 or cfg.eval_only:
+        return
+    stream = Stream(load_problems(run, cfg.warmup_data, "warmup"), cfg.seed)
+    optimizer = new_optimizer(run, cfg.warmup_learning_rate, beta2=0.95)
+    bar = world.bar(range(cfg.warmup_steps), "warm-up")
+    for step in bar:
+        rises = (step + 1) / 20
+        falls = (1 - step / cfg.warmup_steps) / 0.3
+        optimizer.param_groups[0]["lr"] = cfg.warmup_learning_rate * min(1, rises, falls)
+
+        mine = world.share([problem for _, problem in stream.take(16)])
+        batch = solution_batch(run, mine)
+        total = world.sum(batch.response_len.sum())
+        loss_sum = 0.0
+        for micro in micro_batches(run, batch):
+            logp, _ = run.policy(micro, cfg.temperature)
+            loss = -(logp * (micro.mask / total)).sum()
+            (loss * world.size).backward()
+            loss_sum += float(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), max_norm=1.0)
+        require_finite(run, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        bar.set_postfix_str(f"loss {world.sum(loss_sum):.3f} nats per token", refresh=False)
+        if world.asked_to_stop():
+            bar.close()
+            world.print("stopped in the warm-up, which cannot be resumed")
+            raise SystemExit
+    bar.close()
+
+
+def solution_batch(run, problems):
+    """The prompts of problems, each followed by its worked solution and the stop token: a Batch."""
+    prompts = [problem.ids for problem in problems]
+    solutions = []
+    for problem in problems:
+        ids = run.tokenizer(str(problem.solution), add_special_tokens=False).input_ids
+        ids = ids + run.stop_ids[:1]
+        solutions.append(ids[:run.cfg.max_response_tokens])
+    return make_batch(prompts, solutions)
+
+
+def new_optimizer(run, learning_rate, beta2):
+    return torch.optim.AdamW(run.policy.parameters(), lr=learning_rate, betas=(0.9, beta2),
+                             weight_decay=0.0, fused=True)
+
+
+def tiny_model(seed):
+    """A Llama of 0.4M parameters with random weights, and its tokenizer.  -> lm, tokenizer
+
+    The tokenizer's vocabulary is single characters and \\boxed{. Its chat template writes a problem
+    as it is.
+    """
+    # GPT-2's tokenizer without merges leaves every character by itself; it writes a space as Ġ.
+    pieces = ["<pad>", "<eos>", "<unk>", *"0123456789+=Ġ}", "\\boxed{"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = transformers.GPT2Tokenizer(
+        vocab=vocabulary, merges=[], bos_token=None, pad_token="<pad>", eos_token="<eos>",
+        unk_token="<unk>", chat_template="{{ messages[0]['content'] }}")
+    tokenizer.add_tokens(["\\boxed{"])
+
+    torch.manual_seed(seed)
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(pieces), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
+        pad_token_id=0))
+    return lm, tokenizer
+
+
+# --------------------------------------------------------------------------------------------------
+# Part 6. Problems: a task that is made here, and problems from files and from the hub.
+# --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Problem:
+    problem: str
+    answer: object = None       # the gold answer, or a list of alternatives
+    solution: str = ""          # a worked solution, for the warm-up only
+    check: object = None        # (text of a response, answer) -> bool; None: the verifier
+    ids: list = None            # the prompt as tokens
+
+
+def column_addition(a, b, rng):
+    """A worked solution by someone who has not understood carrying: for 5170 + 6749 for example
+
+        9+0=9 7+4=11 1+7=8 5+6=11 \\boxed{11819}        and with the carry  .. 7+4=11 1+7+1=9 ..
+
+    Columns run from the right. Whether to write +1 or = is a decision that makes the answer right
+    or wrong; which digit of a column comes first is one that does not matter; all other tokens are
+    routine. A sum that feels big is carried more often: with probability
+    sigmoid((sum - 12.5) / 1.5).
+    """
+    columns = []
+    result = ""
+    total = 0
+    for x, y in zip(reversed(f"{a:04}"), reversed(f"{b:04}")):
+        carry = False
+        if columns:
+            carry = rng.random() < 1 / (1 + math.exp((12.5 - total) / 1.5))
+        x, y = rng.sample((x, y), 2)
+        total = int(x) + int(y) + carry
+        columns.append(f"{x}+{y}+1={total}" if carry else f"{x}+{y}={total}")
+        result = str(total % 10) + result
+    return " ".join(columns) + f" \\boxed{{{total}{result[1:]}}}"
+
+
+def addition(split):
+    """Sums of two 4-digit numbers -> [Problem]; split is eval (128), train (8192) or warmup (20800).
+
+    No problem is in two splits.
+    """
+    sizes = {"eval": 128, "train": 8192, "warmup": 20800}
+    rng = random.Random(0)
+    numbers = rng.sample(range(10 ** 8), sum(sizes.values()))       # each is a pair: aaaabbbb
+    start = 0
+    for name, size in sizes.items():
+        if name == split:
+            break
+        start += size
+    problems = []
+    for number in numbers[start:start + size]:
+        a, b = divmod(number, 10 ** 4)
+        solution = column_addition(a, b, rng)
+        problems.append(Problem(f"{a:04}+{b:04}=", str(a + b), solution))
+    return problems
+
+
+# A task of your own is a function like `addition`, with its name here. Its problems bring their
+# worked solutions for the warm-up and, if the verifier does not suit them, a check of their own.
+TASKS = {"addition": addition}
+
+
+COLUMNS = {         # what a column may be called; the first name wins
+    "problem": ("problem", "question", "prompt"),
+    "answer": ("answer", "ground_truth", "solution"),
+    "solution": ("solution", "response", "completion"),
+}
+
+
+def load_problems(run, source, split):
+    """The problems of a task, a file or a hub data set, with their prompts as tokens.
+
+    split: train, eval or warmup, whose problems have a solution instead of an answer.
+    """
+    if source in TASKS:
+        problems = TASKS[source](split)
+    else:
+        with one_line_errors(source):
+            rows = read_rows(source, split)
+        problems = problems_from_rows(source, rows, "solution" if split == "warmup" else "answer")
+    for problem in run.world.bar(problems, f"tokens of {source}", least=5000, leave=False):
+        problem.ids = prompt_ids(run.tokenizer, str(problem.problem))
+
+    limit = run.cfg.max_prompt_tokens
+    short = [problem for problem in problems if len(problem.ids) <= limit]
+    require(short, f"{source}: no prompt is within --max-prompt-tokens {limit}")
+    if len(short) < len(problems):
+        run.world.print(f"{source}: {len(problems) - len(short)} of {len(problems)} prompts are "
+                        f"longer than --max-prompt-tokens {limit} and left out")
+    return short
+
+
+def problems_from_rows(source, rows, wanted):
+    """Rows of a table -> [Problem] with the problem and `wanted`, its answer or its solution."""
+    require(rows, f"{source}: no rows")
+    columns = {}
+    for role in ("problem", wanted):
+        names = [name for name in COLUMNS[role] if name in rows[0]]
+        require(names and (len(names) == 1 or names[0] == role),
+                f"{source} has the columns {', '.join(rows[0])}: which is the {role}? Rename it to "
+                f"{role}")
+        columns[role] = names[0]
+
+    problems = []
+    for n, row in enumerate(rows, 1):
+        fields_of_row = {role: row.get(name) for role, name in columns.items()}
+        empty = [role for role, x in fields_of_row.items() if x in (None, "", [])]
+        require(not empty, f"{source}, row {n}: the {' and the '.join(empty)} is empty")
+        require(not isinstance(fields_of_row["problem"], (list, dict)),
+                f"{source}, row {n}: the problem must be text; the chat template is added here")
+        problems.append(Problem(**fields_of_row))
+    return problems
+
+
+def read_rows(source, split):
+    """The rows of a .jsonl, .csv or .parquet file, or of a hub data set ID[:SPLIT], as dicts."""
+    kind = source.rpartition(".")[2].lower()
+    if kind == "jsonl":
+        return read_json_lines(source)
+    if kind in ("csv", "parquet"):
+        return list(datasets.load_dataset(kind, data_files=source, split="train"))
+
+    name, _, named_split = source.partition(":")
+    there = datasets.get_dataset_split_names(name)
+    if named_split:
+        wanted = [named_split]
+    elif len(there) == 1:
+        wanted = there
+    elif split == "eval":
+        wanted = ["test", "train"]
+    else:
+        wanted = ["train"]
+    found = [part for part in wanted if part in there]
+    require(found, f"{source} has the splits {', '.join(there)}: name one as {name}:{there[0]}")
+    return list(datasets.load_dataset(name, split=found[0]))
+
+
+def read_json_lines(path):
+    """The objects of a .jsonl file."""
+    rows = []
+    with open(path, encoding="utf-8-sig") as file:
+        for n, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            with one_line_errors(f"{path}, line {n}"):
+                row = json.loads(line)
+            require(isinstance(row, dict), f"{path}, line {n}: not an object")
+            rows.append(row)
+    return rows
+
+
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def prompt_ids(tokenizer, problem):
+    """A problem as prompt tokens.
+
+    A chat template says all that surrounds the problem, the BOS token included. Without one, the
+    paper's instruction follows the problem, and the tokenizer adds its BOS.
+    """
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": problem}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    ids = tokenizer(problem + INSTRUCTION).input_ids
+    if ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids
+
+
+class Stream:
+    """Problems without end, in another order in every epoch; `position` counts those handed out."""
+
+    def __init__(self, problems, seed):
+        self.problems = problems
+        self.seed = seed
+        self.position = 0
+
+    def take(self, n):
+        """The next n problems, each as (its number in the stream, the problem)."""
+        size = len(self.problems)
+        taken = []
+        for position in range(self.position, self.position + n):
+            epoch, place = divmod(position, size)
+            if place == 0 or not taken:
+                order = random.Random(f"{self.seed}/{epoch}").sample(self.problems, size)
+            taken.append((position, order[place]))
+        self.position += n
+        return taken
+
+
+# --------------------------------------------------------------------------------------------------
+# Part 7. Evaluation: how good is the policy on problems that it is not trained on? And the metrics
+# of a step.
+# --------------------------------------------------------------------------------------------------
+
+def evaluate(run, step):
+    """Sample and mark the problems of every evaluation set -> {"eval/NAME/avg@k": ..., ...}.
+
+        Avg@k  = mean over problems of c / k, with c of k responses right                       (9)
+        Pass@k = mean over problems of `pass_at_k`                                              (8)
+
+    Both come with a 95% interval, avg_low to avg_high; entropy is in nats at the temperature of
+    the evaluation, length in tokens. The random numbers are the same every time, so two evaluations
+    differ by the model alone. Every response goes into responses.jsonl.
+    """
+    cfg = run.cfg
+    k = cfg.eval_samples
+    metrics = {}
+    for name, problems in run.eval_sets.items():
+        numbered = list(enumerate(problems))
+        batch = sample_and_mark(run, numbered, name, k, cfg.eval_temperature, cfg.eval_top_p)
+        scores = eval_scores(batch, k, with_smaller_k=cfg.eval_only)
+        metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in scores.items()}
+        when = f"step {step}" if step > 0 else "base"
+        run.results.append(
+            f"{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f}, 95% interval "
+            f"{scores['avg_low']:.3f} .. {scores['avg_high']:.3f}, Pass@{k} "
+            f"{scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f} nats")
+        run.world.print(f"\n{run.results[-1]}\n  {problems[0].problem!r:.98}")
+        print_responses(run, batch.rows(slice(0, k)))
+        write_responses(run, step, name, problems, batch)
+    empty_sampler(run)
+    return metrics
+
+
+def eval_scores(batch, k, with_smaller_k):
+    """The scores of one evaluation set, as a dict.  batch: k responses per problem"""
+    c = batch.right.reshape(-1, k).sum(dim=1)                                   # (problems,)
+    tokens = int(batch.response_len.sum())
+    ks = [k]
+    if with_smaller_k:                                  # the curve of Pass@k: 1, 2, 4 .. k
+        powers = [2 ** i for i in range(k.bit_length())]
+        ks = [j for j in powers if j < k] + [k]
+
+    avg = c / k
+    scores = {f"avg@{k}": avg.mean()}
+    for j in ks:
+        passes = torch.tensor([pass_at_k(k, int(right), j) for right in c])     # (problems,)
+        scores[f"pass@{j}"] = passes.mean()
+    scores["avg_low"], scores["avg_high"] = interval(avg)
+    scores["pass_low"], scores["pass_high"] = interval(passes)      # of the largest k
+    scores["entropy"] = batch.H.sum() / tokens
+    scores["length"] = tokens / len(batch.ids)
+    scores["truncated"] = 1 - batch.ended.float().mean()
+    return scores
+
+
+def pass_at_k(n, c, k):
+    """The chance that k of n samples, c of which are right, hold at least one right one.
+
+        1 - C(n - c, k) / C(n, k)                                                               (8)
+    """
+    if n - c < k:
+        return 1.0
+    all_wrong = 1.0
+    for i in range(k):
+        all_wrong *= (n - c - i) / (n - i)              # the i-th draw is wrong as well
+    return 1.0 - all_wrong
+
+
+def interval(values):
+    """The 95% interval of a mean over problems, by bootstrap over the problems.  (problems,) -> (2,)
+    """
+    generator = torch.Generator().manual_seed(0)
+    n = len(values)
+    draws = torch.randint(n, (2000, n), generator=generator)        # 2000 sets with repetition
+    means = values[draws].mean(dim=1)                                           # (2000,)
+    return torch.quantile(means, torch.tensor([0.025, 0.975]))
+
+
+def measure(run, batch, sums):
+    """The metrics of a step: of all responses sampled, and of the update, which `sums` adds up.
+
+    loss, grad_norm: means over the optimizer steps. clip_fraction: the share of the tokens learned
+    from that the clips left without a gradient. sampler_gap: mean |log pi_sampler - log pi_old| in
+    nats. tokens/Q, advantage/Q: a quadrant's share of those tokens and of the sum of |credit|.
+    """
+    seconds = time.perf_counter() - run.world.step_start
+    tokens = int(batch.mask.sum())
+    right = batch.right.reshape(-1, run.cfg.group_size)                         # (B, G)
+    learned = batch.mask & batch.kept[:, None]                                  # (N, T)
+    updates = max(1, sums["updates"])
+    metrics = {
+        "reward": batch.reward.mean(),
+        "solve_rate": right.float().mean(),
+        "entropy": batch.H.sum() / tokens,
+        "response_tokens": tokens,
+        "response_length": tokens / len(batch.ids),
+        "truncated": 1 - batch.ended.float().mean(),
+        "groups": len(right),
+        "groups_all_right": int(right.all(dim=1).sum()),
+        "groups_all_wrong": int((~right).all(dim=1).sum()),
+        "loss": run.world.sum(sums["loss"]) / updates,
+        "grad_norm": sums["grad_norm"] / updates,
+        "clip_fraction": run.world.sum(sums["clipped"]) / max(1, int(learned.sum())),
+        "sampler_gap": batch.gap.sum() / tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    metrics |= run.world.clock_metrics()
+    quadrant = batch.quadrant[learned]                                          # (tokens,)
+    credit = batch.credit[learned].abs().double()
+    for code, name in enumerate(QUADRANTS, 1):
+        here = quadrant == code
+        metrics[f"tokens/{name}"] = here.sum() / max(1, len(here))
+        metrics[f"advantage/{name}"] = credit[here].sum() / credit.sum().clamp(min=1e-9)
+    return {key: x if isinstance(x, int) else round(float(x), 6) for key, x in metrics.items()}
+
+
+def write_responses(run, step, name, problems, batch):
+    """Add the responses of an evaluation to responses.jsonl."""
+    if run.world.rank > 0:
+        return
+    with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as file:
+        for i, text in enumerate(texts(run, batch)):
+            number = int(batch.number[i])
+            tokens = int(batch.response_len[i])
+            row = {
+                "step": step,
+                "set": name,
+                "number": number,
+                "problem": problems[number].problem,
+                "answer": problems[number].answer,
+                "right": bool(batch.right[i]),
+                "tokens": tokens,
+                "ended": bool(batch.ended[i]),
+                "entropy": round(float(batch.H[i].sum()) / tokens, 6),
+                "response": text,
+            }
+            file.write(json.dumps(row, default=str) + "\n")
+
+
+def print_responses(run, group):
+    """Print the first three responses of a group. On a terminal, colours show the quadrants: green
+    for right and red for wrong responses, bold for tokens with entropy of at least mu_H."""
+    colours = ["", "1;32", "32", "31", "1;31"]          # by quadrant code
+    codes = quadrants(group.right, group.H, group.mask, len(group.ids)).tolist()
+    for i in range(min(3, len(group.ids))):
+        text = ""
+        for token, code in zip(group.response(i)[:400], codes[i]):
+            piece = run.tokenizer.decode([token], skip_special_tokens=True)
+            if sys.stdout.isatty():
+                piece = f"\033[{colours[code]}m{piece}\033[0m"
+            text += piece
+        verdict = "right" if group.right[i] else "wrong"
+        run.world.print(f"  {verdict}  {text}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix A. The verifier: is the boxed answer equal to the gold? (For how, come back later.) It scans
 # LaTeX into tokens, reads them with a calculator and compares values. No algebra is needed: two
 # polynomials of degree d agree at a point drawn from N numbers with probability d/N at most, as
 # their difference has at most d roots (Schwartz and Zippel). So each variable gets three pseudo-
@@ -541,1362 +1645,597 @@ def is_correct(response, gold):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 4. Problems: a task made here, and problems from files and from the hub, as prompt tokens.
+# Appendix B. The machine: errors in one line, processes and GPUs, opening a run, checkpoints.
+#
+# On a CPU, and for the tiny model anywhere, one process holds the whole model in fp32 and samples
+# from it. Any other model on GPUs: one process per GPU holds a part of the fp32 weights, gradients
+# and moments (FSDP2) and multiplies in bf16; a whole bf16 copy samples. torchrun on CPUs does the
+# same in fp32.
 # --------------------------------------------------------------------------------------------------
 
-@dataclass
-class Problem:
-    problem: str
-    answer: object = None     # gold answer, or a list of alternatives
-    solution: str = ""        # worked solution, for imitation only
-    ids: list = None          # the prompt as tokens: chat template or suffix applied, once
-
-
-def pupil(a, b, rng):
-    """Column addition written by a pupil who has not understood carrying: 5170 + 6749 becomes
-    `9+0=9 7+4=11 7+1=8 5+6=11 \\boxed{11819}` or, with the carry, `0+9=9 7+4=11 7+1+1=9 ...`.
-
-    Columns run from the right. Pupils carry when a sum feels big, with probability
-    sigmoid((sum - 12.5) / 1.5): to write +1 or not is a fork that decides the answer. Which digit
-    of a column comes first is a fork that decides nothing. All other tokens are routine."""
-    columns, result, total = [], "", 0
-    for x, y in zip(reversed(f"{a:04}"), reversed(f"{b:04}")):
-        carry = rng.random() < 1 / (1 + math.exp((12.5 - total) / 1.5)) if columns else 0
-        x, y = rng.sample((x, y), 2)
-        total = int(x) + int(y) + carry
-        columns.append(f"{x}+{y}{'+1' * carry}={total}")
-        result = str(total % 10) + result
-    return " ".join(columns) + f" \\boxed{{{total}{result[1:]}}}"
-
-
-def addition(split, warmup=20800, train=8192, exam=128):
-    """The default task: sums of two 4-digit numbers. The three splits share no problem."""
-    rng = random.Random(0)
-    pairs = [divmod(n, 10 ** 4) for n in rng.sample(range(10 ** 8), warmup + train + exam)]
-    part = {"exam": pairs[:exam], "train": pairs[exam:exam + train], "warmup": pairs[-warmup:]}
-    return [Problem(f"{a:04}+{b:04}=", str(a + b), pupil(a, b, rng)) for a, b in part[split]]
+def require(condition, message):
+    """End the program with one line, which says what is wrong and how to mend it."""
+    if not condition:
+        raise SystemExit(f"eapo: {message}")
 
 
 @contextlib.contextmanager
-def using(source):
-    """Around what reads or writes files: what goes wrong there (no network, no space) ends the run
-    with one line."""
+def one_line_errors(source):
+    """Turn what goes wrong with a file, a disk or the network into one line that names it."""
     try:
         yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        what = " ".join(f"{str(e) or repr(e)} {e.__cause__ or ''}".split())[:300]
-        raise SystemExit(f"eapo: cannot use {source}: {what}") from e
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        text = str(error) or repr(error)
+        cause = error.__cause__ or ""
+        message = " ".join(f"{text} {cause}".split())[:300]
+        raise SystemExit(f"eapo: cannot use {source}: {message}") from error
 
-
-def read_rows(source, split):
-    """The rows of a .jsonl, .csv or .parquet file, or of a hub data set `id[:split]`, as dicts."""
-    kind, (name, _, part) = source.rpartition(".")[2].lower(), source.partition(":")
-    if kind == "jsonl":
-        rows = []
-        with open(source, encoding="utf-8-sig") as f:
-            for n, line in enumerate(f, 1):
-                with using(f"{source}, line {n}"):
-                    rows += [json.loads(line)] if line.strip() else []
-                need(not rows or isinstance(rows[-1], dict), f"{source}, line {n}: not an object")
-        return rows
-    if kind in ("csv", "parquet"):
-        return list(datasets.load_dataset(kind, data_files=source, split="train"))
-    parts = datasets.get_dataset_split_names(name)
-    usual = parts if len(parts) == 1 else ["test", "train"] if split == "exam" else ["train"]
-    found = [p for p in ([part] if part else usual) if p in parts]
-    need(found, f"{source} has the splits {', '.join(parts)}: name one as {name}:{parts[0]}")
-    return list(datasets.load_dataset(name, split=found[0]))
-
-
-COLUMNS = {         # what a column may be called; its own name wins
-    "problem": ("problem", "question", "prompt"), "answer": ("answer", "ground_truth", "solution"),
-    "solution": ("solution", "response", "completion")}
-
-
-def load_problems(run, source, split):
-    """The problems of a data source, their prompts as tokens. split: train, exam or warmup."""
-    if source == "addition":
-        problems = addition(split)
-    else:
-        with using(source):
-            rows = read_rows(source, split)
-        need(rows, f"{source}: no rows")
-        roles = {role: [name for name in COLUMNS[role] if name in rows[0]]
-                 for role in ("problem", "solution" if split == "warmup" else "answer")}
-        for role, names in roles.items():
-            need(len(names) == 1 or names[:1] == [role], f"{source} has the columns "
-                 f"{', '.join(rows[0])}: which is the {role}? name it {role}")
-        for n, row in enumerate(rows, 1):
-            need(all(row.get(names[0]) not in (None, "", []) for names in roles.values()),
-                 f"{source}, row {n}: {' or '.join(roles)} is empty")
-            need(not isinstance(row[roles["problem"][0]], (list, dict)),
-                 f"{source}, row {n}: the problem must be text; the chat template is put around it")
-        problems = [Problem(**{role: row[names[0]] for role, names in roles.items()})
-                    for row in rows]
-    for p in run.world.bar(problems, f"tokens of {source}", 5000, leave=False):
-        p.ids = render(run.tokenizer, str(p.problem))
-    limit = run.cfg.max_prompt_tokens
-    short = [p for p in problems if len(p.ids) <= limit]
-    need(short, f"{source}: no prompt is within --max-prompt-tokens {limit}")
-    if len(short) < len(problems):
-        run.world.print(f"{source}: {len(problems) - len(short)} of {len(problems)} prompts left "
-                        f"out, longer than --max-prompt-tokens {limit}")
-    return short
-
-
-SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-
-
-def render(tokenizer, problem):
-    """A problem as prompt tokens. The chat template, if any, writes BOS itself, so none is added to
-    it; without one, the paper's suffix is put behind the problem and the tokenizer's BOS before."""
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template([{"role": "user", "content": problem}],
-                                             add_generation_prompt=True)["input_ids"]
-    ids = tokenizer(problem + SUFFIX).input_ids
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-
-
-class Stream:
-    """Problems without end, every epoch in another order; `position` counts those handed out."""
-
-    def __init__(self, problems, seed):
-        self.problems, self.seed, self.position = problems, seed, 0
-
-    def take(self, n):
-        """The next n problems, each with its number in the stream."""
-        start, size, self.position = self.position, len(self.problems), self.position + n
-        ordered = [p for epoch in range(start // size, -(-self.position // size))
-                   for p in random.Random(f"{self.seed}/{epoch}").sample(self.problems, size)]
-        return list(enumerate(ordered[start % size:][:n], start))
-
-
-# --------------------------------------------------------------------------------------------------
-# Part 5. Rollouts. From prompts to a Batch: G responses to each, and what pi_old says of every
-# token of them: its log-probability, and the entropy H where it was drawn.
-# --------------------------------------------------------------------------------------------------
-
-@dataclass
-class Batch:
-    """N responses, the G responses to one prompt in adjacent rows; in host memory, but for the
-    micro-batch that a GPU works on. Rows are right-padded: prompt, response, zeros. Masks come from
-    the lengths, never from token values, as many models pad with their stop token."""
-    ids: torch.Tensor               # (N, L) prompt, then response
-    prompt_len: torch.Tensor        # (N,)   tokens
-    response_len: torch.Tensor      # (N,)   tokens, the stop token included
-    logp: torch.Tensor = None       # (N, T) log pi_old of each response token, nats
-    H: torch.Tensor = None          # (N, T) entropy of pi_old before each response token, nats
-    ended: torch.Tensor = None      # (N,)   the model stopped by itself; False: truncated
-    gap: torch.Tensor = None        # (N,)   sum of |log pi_sampler - log pi_old|, nats
-    number: torch.Tensor = None     # (N,)   of the problem in its stream
-    right: torch.Tensor = None      # (N,)   the verifier's verdict
-    reward: torch.Tensor = None     # (N,)   r
-    advantage: torch.Tensor = None  # (N,)   A
-    kept: torch.Tensor = None       # (N,)   the group is learned from
-    credit: torch.Tensor = None     # (N, T) A^CA or what another method makes of A, 0 outside mask
-    quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside mask
-    penalty: torch.Tensor = None    # (N, T) KL-Cov: True where |log rho| is added to the loss
-    weight: torch.Tensor = None     # (N, T) what each token counts in the loss
-
-    @property
-    def mask(self):
-        """(N, T) True on response tokens."""
-        T = max(self.response_len.tolist(), default=0)
-        return torch.arange(T, device=self.ids.device) < self.response_len[:, None]
-
-    def rows(self, i):
-        """The Batch of rows i (indices, a slice or True/False), cut to its own longest row."""
-        few = Batch(**{name: x[i] for name, x in vars(self).items() if x is not None})
-        L, T = max((few.prompt_len + few.response_len).tolist(), default=0), few.mask.shape[1]
-        return Batch(**{name: x if x.dim() == 1 else x[:, :L if name == "ids" else T]
-                        for name, x in vars(few).items() if x is not None})
-
-    def to(self, device):
-        """The Batch on another device."""
-        return Batch(**{name: x.to(device) for name, x in vars(self).items() if x is not None})
-
-    def response(self, i):
-        """The tokens of response i, a list of ids."""
-        return self.ids[i, self.prompt_len[i]:][:self.response_len[i]].tolist()
-
-
-def pack(prompts, responses):
-    """Lists of token ids, one pair a row -> a Batch with ids and lengths, logp and H of zeros, all
-    responses ended."""
-    rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)] or [torch.zeros(0)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:len(prompts)].long()
-    batch = Batch(ids, *(torch.tensor([*map(len, x)]).long() for x in (prompts, responses)))
-    logp, H = torch.zeros(2, *batch.mask.shape)
-    return replace(batch, logp=logp, H=H, ended=batch.response_len >= 0)
-
-
-def join(batches):
-    """Batches below one another, padded to the longest."""
-    def stack(parts):
-        width = max(p.shape[-1] for p in parts)
-        return torch.cat([p if p.dim() == 1 else torch.nn.functional.pad(p, (0, width - p.shape[1]))
-                          for p in parts])
-    return Batch(**{name: stack([getattr(b, name) for b in batches])
-                    for name, x in vars(batches[0]).items() if x is not None})
-
-
-def log_prob_and_entropy(logits, tokens, temperature):
-    """log pi(token) and H of pi = softmax(logits / temperature), over the full vocabulary in fp32.
-    (M, V), (M,) -> (M,), (M,). The sampling loop, `rescore` and the update all come here.
-    Temperature 0, which draws greedily, counts as 1. top_p does not enter: tokens are drawn from a
-    truncated pi, but pi_old and rho are those of all of it, as in verl."""
-    logits = logits.float() / (temperature or 1.0)
-    logp = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    return logp, token_entropy(logits)
-
-
-def draw(logits, u, temperature, top_p):
-    """One token a row: (rows, V), (rows,) in [0, 1) -> (rows,). It is the token on whose stretch
-    u falls when all are laid end to end, each as long as its probability. Temperature 0 takes the
-    likeliest; top_p < 1 lays out the fewest tokens that hold that much, always at least one."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p, token = (logits.float() / temperature).softmax(-1), None
-    if top_p < 1:
-        p, token = p.sort(-1, descending=True)
-        p = torch.where(p.cumsum(-1) - p < top_p, p, 0)      # likelier tokens hold below top_p
-    ends = p.double().cumsum(-1)                                                       # (rows, V)
-    at = torch.searchsorted(ends, u[:, None] * ends[:, -1:], right=True)               # (rows, 1)
-    return (at if token is None else token.gather(-1, at))[:, 0]
-
-
-class RoomyLayer(transformers.cache_utils.DynamicLayer):
-    """One layer's KV cache: keys and values of the prompts, (B, heads, P, d), then repeated for the
-    G tries, with room for all tokens to come: else each new one would copy the whole cache."""
-    used = 0                                            # tokens
-
-    def get_seq_length(self):
-        return self.used
-
-    def make_room(self, group_size, tokens):
-        self.keys, self.values = (
-            torch.nn.functional.pad(x.repeat_interleave(group_size, 0), (0, 0, 0, tokens))
-            for x in (self.keys, self.values))
-
-    def update(self, keys, values, *args, **kwargs):
-        old, self.used = self.used, self.used + keys.shape[2]
-        if old == 0:
-            return super().update(keys, values)
-        self.keys[:, :, old:self.used], self.values[:, :, old:self.used] = keys, values
-        return self.keys[:, :, :self.used], self.values[:, :, :self.used]
-
-
-def attention_of_one_token(module, q, k, v, mask, scaling=None, **how):
-    """softmax(q k / sqrt(d)) v  for the newest token of each row; all else goes to torch's sdpa.
-    q (rows, heads, 1, d), k and v (rows, fewer heads, S, d): a key serves several query heads,
-    which take the place of positions here. sdpa, given a mask, would copy a key for each of them.
-    """
-    rows, heads, n, d = q.shape
-    if n > 1:
-        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **how)
-    scores = (q.view(rows, k.shape[1], -1, d) @ k.transpose(2, 3)).float() * scaling
-    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)   # (rows, .., .., S)
-    return (scores.softmax(-1).to(v.dtype) @ v).view(rows, 1, heads, d), None
-
-
-transformers.AttentionInterface.register("one token", attention_of_one_token)       # see `load`
-transformers.AttentionMaskInterface.register("one token", sdpa_mask)
-
-
-@torch.no_grad()
-def sample_loop(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
-    """G responses to each prompt -> a Batch of N rows: decoding, written out.
-    Each prompt is read once and its KV cache repeated G times, then one token at a time is drawn
-    for all rows. A row that drew a stop token is finished, the stop token belonging to it; finished
-    rows leave the batch once they are a fifth of it. Prompts are padded on the left, so that all
-    rows draw their next token in the same column. Every token is drawn by a number that depends on
-    its prompt's seed, its try and its place alone (given G and max_tokens): the same dice fall on
-    one GPU or eight, and in a resumed run. logp and H come free from the logits, before top_p; of a
-    bf16 copy, `rescore` will replace them."""
-    device, P, stop = lm.device, max(map(len, prompts)), torch.tensor(stop_ids, device=lm.device)
-    ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
-    seen = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
-    u = torch.cat([torch.rand(group_size, max_tokens, generator=torch.Generator().manual_seed(s))
-                   for s in seeds]).to(device)                                         # (N, max)
-    tokens, length = torch.zeros_like(u, dtype=torch.long), u.new_zeros(len(u), dtype=torch.long)
-    (logp, H), row = torch.zeros(2, *u.shape, device=device), torch.arange(len(u), device=device)
-    cache, writes = transformers.Cache(layer_class_to_replicate=RoomyLayer), row >= 0  # (rows,)
-    new, position = ids, (seen.cumsum(1) - 1).clamp(min=0)
-    for t in range(max_tokens):
-        logits = lm(new, attention_mask=seen, position_ids=position, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1).logits[:, -1]                    # (rows, V)
-        if t == 0:
-            for layer in cache.layers:
-                layer.make_room(group_size, max_tokens)
-            logits, seen = (x.repeat_interleave(group_size, 0) for x in (logits, seen))
-        token = draw(logits, u[row, t], temperature, top_p)                            # (rows,)
-        tokens[row, t], length[row[writes]] = token, t + 1
-        logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
-        writes = writes & ~torch.isin(token, stop)
-        if not writes.any():
-            break
-        if writes.sum() <= 0.8 * len(writes):       # not sooner: each time the cache is copied
-            cache.batch_select_indices(writes.nonzero()[:, 0])
-            row, token, seen, writes = (x[writes] for x in (row, token, seen, writes))
-        new, position = token[:, None], seen.sum(1, keepdim=True)                      # (rows, 1)
-        seen = torch.cat([seen, torch.ones_like(position)], 1)
-    responses = [x[:n] for x, n in zip(tokens.tolist(), length.tolist())]
-    batch = pack([p for p in prompts for _ in range(group_size)], responses)
-    logp, H = (torch.where(batch.mask, x.cpu()[:, :batch.mask.shape[1]], 0) for x in (logp, H))
-    ended = torch.isin(tokens.gather(1, length[:, None] - 1)[:, 0], stop)              # (N,)
-    return replace(batch, logp=logp, H=H, ended=ended.cpu())
-
-
-def groups_at_once(c, width, tokens, group_size, free):
-    """How many groups to sample at a time, at most 512 rows, in 4/5 of the free bytes; and what one
-    takes: a KV cache of so many tokens a row, in numbers of `width` bytes, by a model's config c,
-    and what `draw` makes of the logits of one token, 40 bytes each as measured."""
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    cache = 2 * c.num_hidden_layers * heads * head * width * tokens
-    one = group_size * (cache + 40 * c.vocab_size)
-    return max(1, int(min(512 // group_size, 0.8 * free / one))), one
-
-
-# --------------------------------------------------------------------------------------------------
-# Part 6. The policy: a causal language model, the two numbers we need of it at every response
-# token, and its optimizer step. Any model on a CPU, and --model tiny anywhere: one process has the
-# whole model, in fp32, and samples from it. Any other model on GPUs, one or many: each process has
-# a shard of the fp32 weights and multiplies in bf16; a whole bf16 copy samples, and as it rounds
-# otherwise, `rescore` takes logp and H from the policy. (torchrun on CPUs: shards and a copy too,
-# all in fp32, no `rescore`.) On any GPU micro-batches are larger.
-# --------------------------------------------------------------------------------------------------
-
-CHUNK = 2 ** 25     # logits in memory at a time, as a count of numbers: 128 MB in fp32
-
-
-class ChunkedLogProbAndEntropy(torch.autograd.Function):
-    """log pi(token) and H from hidden states (M, D) and the head's weight (V, D): (M,), (M,).
-
-    An (M, V) matrix of logits is the largest thing in training: 4096 tokens at V = 152,064 are
-    2.5 GB, several times over with gradients. So it is never made: tokens go through the head a
-    chunk at a time, in forward and again in backward, where the gradients at the logits z are
-
-        d log pi(o) / d z_v = [v = o] - p_v          (5): it vanishes where pi is sure of o
-        d H / d z_v         = - p_v (log p_v + H)    z: logits over the temperature"""
-    @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature):
-        rows = max(1, CHUNK // len(weight))
-        parts = [log_prob_and_entropy(h @ weight.T, y, temperature)
-                 for h, y in zip(hidden.split(rows), tokens.split(rows))]
-        logp, H = (torch.cat(x) for x in zip(*parts))
-        ctx.save_for_backward(hidden, weight, tokens, H)
-        ctx.temperature, ctx.rows = temperature, rows
-        return logp, H
-
-    @staticmethod
-    def backward(ctx, to_logp, to_H):
-        hidden, weight, tokens, H = ctx.saved_tensors
-        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for i in range(0, len(tokens), ctx.rows):
-            k = slice(i, i + ctx.rows)
-            to_z = ((hidden[k] @ weight.T).float() / ctx.temperature).log_softmax(-1)   # log p
-            p = to_z.exp()
-            to_z.clamp_(min=-1e4)                           # 0 times -inf would be nan
-            to_z.add_(H[k, None]).mul_(to_H[k, None]).add_(to_logp[k, None]).mul_(p).neg_()
-            to_z.scatter_add_(1, tokens[k, None], to_logp[k, None])
-            to_z = (to_z / ctx.temperature).to(weight.dtype)
-            to_hidden[k] = to_z @ weight
-            to_weight.addmm_(to_z.T, hidden[k])
-        return to_hidden, to_weight, None, None
-
-
-class Policy(torch.nn.Module):
-    """pi_theta: a transformers causal LM whose forward returns what RL needs instead of logits."""
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, batch, temperature):
-        """logp and H of every response token under the current weights: (N, T), (N, T), 0 outside.
-        The hidden state at position p predicts token p + 1, so response token t, which stands at
-        prompt_len + t, is predicted one to its left. Padding is on the right, where a causal model
-        cannot see it from any real token, so no attention mask is needed. A batch without rows
-        runs through the model too: on several GPUs all must run as often as the busiest."""
-        ids, mask = batch.ids, batch.mask
-        hidden = self.lm.get_decoder()(input_ids=ids if len(ids) else ids.new_zeros(1, 1),
-                                       use_cache=False).last_hidden_state              # (N, L, D)
-        row, t = mask.nonzero(as_tuple=True)                                           # (M,) both
-        at = batch.prompt_len[row] + t                                                 # (M,)
-        logp, H = ChunkedLogProbAndEntropy.apply(
-            hidden[row, at - 1], self.lm.get_output_embeddings().weight, ids[row, at], temperature)
-        place = lambda x: torch.zeros(mask.shape, device=ids.device).index_put((row, t), x)
-        return place(logp), place(H)
-
-
-def tiny_model(seed):
-    """A Llama of 0.4M parameters with random weights, and a tokenizer of characters and \\boxed{:
-    GPT-2's without a merge ("Ġ" is its space). By its chat template a problem is the prompt."""
-    pieces = ["<pad>", "<eos>", "<unk>", *"0123456789+=Ġ}", "\\boxed{"]
-    tokenizer = transformers.GPT2Tokenizer(
-        vocab={piece: n for n, piece in enumerate(pieces)}, merges=[], bos_token=None,
-        pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        chat_template="{{ messages[0]['content'] }}")
-    tokenizer.add_tokens(pieces[-1:])
-    torch.manual_seed(seed)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(pieces), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
-        pad_token_id=0)), tokenizer
-
-
-@dataclass
-class Run:
-    """What every phase of a run shares."""
-    cfg: Config
-    world: object               # the processes of the run, part 8
-    out: str                    # folder of the run
-    policy: Policy
-    tokenizer: object
-    stop_ids: list              # a response ends with one of these, the tokenizer's own first
-    sampler: object             # the model to sample from: the policy's, or a whole copy of it
-    exams: dict = field(default_factory=dict)           # {short name: problems}
-    rows: list = field(default_factory=list)            # of metrics.jsonl
-    lines: list = field(default_factory=list)           # results of exams, as printed
-    clock: Counter = field(default_factory=Counter)     # of this step: seconds, peak bytes
-
-    @contextlib.contextmanager
-    def timed(self, phase):
-        """Add the time of a with-block to the clock, and its peak of GPU memory."""
-        start, name, cuda = time.perf_counter(), f"bytes_{phase}", torch.cuda.is_available()
-        self.world.phase = phase
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        yield
-        self.clock[f"seconds_{phase}"] += time.perf_counter() - start
-        self.clock[name] = max(self.clock[name], torch.cuda.max_memory_allocated() if cuda else 0)
-
-    @torch.no_grad()
-    def fill_sampler(self):
-        """The sampler; if it is an emptied copy, with the weights of the policy put into it."""
-        for mine, theirs in zip(self.sampler.parameters(), self.policy.lm.parameters()):
-            if not mine.numel():
-                mine.data = self.world.whole(theirs).to(self.sampler.device, mine.dtype, copy=True)
-        return self.sampler
-
-    def empty_sampler(self):
-        """Free the copy's weights: the update needs the room, and will outdate them."""
-        for mine in self.sampler.parameters() if self.sampler is not self.policy.lm else []:
-            mine.data = mine.data.new_empty(0)
-
-
-def load(cfg, world, out):
-    """The policy with fp32 weights, its tokenizer, the ids that end a response: a Run."""
-    if cfg.model == "tiny":
-        lm, tokenizer = tiny_model(cfg.seed)
-    else:
-        with using(cfg.model):
-            lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-    ends = lm.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
-    stop_ids = [x for x in dict.fromkeys(ends) if x is not None]
-    need(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
-    lm.generation_config = GenerationConfig(eos_token_id=stop_ids)  # hub ones may not be savable
-    if lm.config._attn_implementation == "sdpa":
-        lm.set_attn_implementation("one token")
-    lm, probe = lm.eval(), torch.tensor([stop_ids[:1] * 2])         # eval: no dropout
-    with torch.no_grad():
-        hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
-        same = torch.allclose(hidden @ lm.get_output_embeddings().weight.T, lm(probe).logits,
-                              atol=1e-3)
-    need(same, f"{cfg.model} makes its logits otherwise than by one matrix (a bias, a soft cap, a "
-               "scale): ChunkedLogProbAndEntropy would have to do the same")
-    sampler = lm
-    if world.sharded:
-        with world.device:
-            sampler = AutoModelForCausalLM.from_config(
-                lm.config, dtype=torch.bfloat16 if world.bf16 else torch.float32).eval()
-    run = Run(cfg, world, out, world.shard(Policy(lm), cfg.offload), tokenizer, stop_ids, sampler)
-    run.empty_sampler()
-    return run
-
-
-def micro_batches(run, batch):
-    """Row indices cut so that rows * longest row <= microbatch_tokens, or one row where that alone
-    is longer. Longest rows first, so that neighbours are alike and little is padding. The same
-    number on every GPU: who has less to do gets empty ones."""
-    lengths, cuts = batch.prompt_len + batch.response_len, []
-    order = lengths.argsort(descending=True, stable=True)
-    while len(order):
-        n = max(1, run.world.tokens // int(lengths[order[0]]))
-        cuts.append(order[:n])
-        order = order[n:]
-    return cuts + [order[:0]] * (max(run.world.gather(len(cuts))) - len(cuts))
-
-
-def descend(run, optimizer, batch, loss_of):
-    """One optimizer step on the sum of loss_of(micro-batch, logp, H) over micro-batches that fit in
-    memory. batch.weight is first divided by its sum over all processes, so that a sum weighted by
-    it is a mean. -> the loss, and the norm of the gradient before it is clipped to 1."""
-    world, loss = run.world, 0.0
-    batch.weight = batch.weight / sum(world.gather(float(batch.weight.sum())))
-    for i in micro_batches(run, batch):
-        micro = batch.rows(i).to(world.device)
-        part = loss_of(micro, *run.policy(micro, run.cfg.temperature))
-        (part * world.size).backward()      # FSDP will average over GPUs what is to be summed
-        loss += float(part.detach())
-    norm = float(world.whole(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0)))
-    need(math.isfinite(norm), f"the gradient is {norm}; nothing was changed by it. Look at the "
-                              "learning rate and the last lines of metrics.jsonl")
-    optimizer.step()
-    optimizer.zero_grad()
-    return sum(world.gather(loss)), norm
-
-
-def learn(run, optimizer, mini):
-    """One optimizer step on L (2) over a mini-batch. To it entroreg adds - 0.001 mean(H) (our
-    number: the paper names none), and kl-cov mean(penalty * |log rho|), means as that of (2).
-
-    -> the loss; the gradient norm; how many tokens had their gradient stopped by `surrogate`;
-    and H under the current weights minus H when sampled, summed by quadrant, (5,)."""
-    cfg, seen = run.cfg, torch.zeros(6, dtype=torch.double)
-    clips = cfg.clip_low, cfg.clip_high, cfg.clip_c
-
-    def loss_of(micro, logp, H):
-        A, w, m = micro.credit, micro.weight, micro.mask
-        loss = policy_loss(logp, micro.logp, A, w, *clips)                    # (2)
-        if cfg.method == "entroreg":
-            loss = loss - 0.001 * (H * w).sum()
-        if cfg.method == "kl-cov":
-            loss = loss + ((logp - micro.logp).abs() * micro.penalty * w).sum()
-        with torch.no_grad():
-            rho = (logp - micro.logp).exp()
-            seen[0] += (surrogate(rho, A, *clips) != rho * A).sum().cpu()
-            seen[1:] += torch.bincount(micro.quadrant[m], (H - micro.H)[m].double(), 5).cpu()
-        return loss
-
-    mini.weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)     # (N, T)
-    loss, norm = descend(run, optimizer, mini, loss_of)
-    clipped, *drift = sum(run.world.gather(seen)).tolist()
-    return loss, norm, clipped, drift
-
-
-def imitate(run, problems):
-    """Warm-up: make worked solutions likelier, token by token, so that RL has something to mark.
-    RL can only reinforce what the model already tries now and then. The loss is - mean log p over
-    the tokens of the solutions and their stop tokens, cut to max_response_tokens, at the sampling
-    temperature: (2) with log p in the place of rho A."""
-    cfg, world, stream = run.cfg, run.world, Stream(problems, run.cfg.seed)
-    optimizer = torch.optim.AdamW(run.policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
-    bar = world.bar(range(cfg.warmup_steps), "warm-up")
-    for step in bar:
-        left = 1 - step / cfg.warmup_steps
-        rate = cfg.warmup_learning_rate * min(1.0, (step + 1) / 20, left / 0.3)
-        optimizer.param_groups[0]["lr"] = rate
-        mine = world.share([p for _, p in stream.take(16)])
-        responses = [run.tokenizer(str(p.solution), add_special_tokens=False).input_ids
-                     + run.stop_ids[:1] for p in mine]
-        batch = pack([p.ids for p in mine], [r[:cfg.max_response_tokens] for r in responses])
-        batch.weight = batch.mask.float()
-        loss, _ = descend(run, optimizer, batch,
-                          lambda micro, logp, H: -(logp * micro.weight).sum())
-        bar.set_postfix_str(f"loss {loss:.3f} nats a token", refresh=False)
-        if world.asked_to_stop():
-            break
-    bar.close()
-
-
-# --------------------------------------------------------------------------------------------------
-# Part 7. Try, mark, compare, look. On several GPUs each process samples and marks its share of the
-# problems; then all have the whole Batch, and each adds its share of a mini-batch to one gradient.
-# --------------------------------------------------------------------------------------------------
-
-def attempt(run, numbered, what, n, temperature, top_p):
-    """n responses to each (number, problem), marked: a Batch, by number, with `right` and `reward`,
-    +1 or -1 (less with --overlong). The dice depend on the seed, on `what` (training or the exam's
-    name) and on the number. A reward of your own goes where `reward` is set, below 0 for what
-    `quadrants` shall call wrong. Exams still count `right`, and `roll_out` drops groups by it."""
-    cfg, lm, mine = run.cfg, run.fill_sampler(), run.world.share(numbered)
-    longest = max((len(p.ids) for _, p in mine), default=0) + cfg.max_response_tokens
-    k, _ = groups_at_once(lm.config, lm.dtype.itemsize, longest, n, run.world.free())
-    seeds = [crc32(f"{cfg.seed} {what} {number}".encode()) for number, _ in mine]
-    with run.timed("sample"):
-        batch = join([pack([], [])] + [
-            sample_loop(lm, [p.ids for _, p in mine[i:i + k]], n, cfg.max_response_tokens,
-                        temperature, top_p, run.stop_ids, seeds[i:i + k])
-            for i in run.world.bar(range(0, len(mine), k), "sampling", 5, leave=False)])
-    theirs = batch.logp
-    if run.world.bf16:
-        rescore(run, batch, temperature)
-    batch.gap = (theirs - batch.logp).abs().sum(1)
-    batch.number = torch.tensor([number for number, _ in mine]).long().repeat_interleave(n)
-    batch.right = torch.tensor([is_correct(text, mine[i // n][1].answer)
-                                for i, text in enumerate(texts(run, batch))]).bool()
-    batch.reward = torch.where(batch.right, 1.0, -1.0)     # row i: a try at mine[i // n]
-    if cfg.overlong:            # DAPO's soft penalty, 0 to -1 over the last share of the tokens
-        last = cfg.overlong * cfg.max_response_tokens
-        batch.reward -= (1 - (cfg.max_response_tokens - batch.response_len) / last).clamp(0, 1)
-    batch = join(run.world.gather(batch))               # what all processes tried
-    return batch.rows(batch.number.argsort(stable=True))
-
-
-def texts(run, batch):
-    """The responses as text, without stop tokens and the like."""
-    return run.tokenizer.batch_decode([*map(batch.response, range(len(batch.ids)))],
-                                      skip_special_tokens=True)
-
-
-@torch.no_grad()
-def rescore(run, batch, temperature):
-    """Set logp and H of a batch to those of the policy itself, so that rho compares it with itself:
-    the sampler, a bf16 copy with a KV cache, rounds otherwise."""
-    with run.timed("score"):
-        shape = batch.mask.shape
-        batch.logp, batch.H = torch.zeros(shape), torch.zeros(shape)    # not views of one: pickled
-        for i in micro_batches(run, batch):
-            logp, H = run.policy(batch.rows(i).to(run.world.device), temperature)
-            batch.logp[i, :logp.shape[1]], batch.H[i, :H.shape[1]] = logp.cpu(), H.cpu()
-
-
-def roll_out(run, stream):
-    """Try and mark, until prompts_per_step groups can teach something or the rounds are used up:
-    a Batch of all that was tried, `kept` where it can teach.
-
-    A group that is all right or all wrong teaches nothing about being right: its A are 0, or with
-    --overlong about length alone. It is never learned from; while rounds are left, other problems
-    are tried in its place (dynamic sampling)."""
-    cfg, G, tried, missing = run.cfg, run.cfg.group_size, [], run.cfg.prompts_per_step
-    while missing and len(tried) <= cfg.resample:
-        batch = attempt(run, stream.take(missing), "train", G, cfg.temperature, cfg.top_p)
-        right = batch.right.view(-1, G)
-        batch.kept = (right.any(1) & ~right.all(1)).repeat_interleave(G)
-        missing -= int(batch.kept.sum()) // G
-        tried.append(batch)
-    return join(tried)
-
-
-def give_credit(run, batch):
-    """Set batch.advantage, batch.quadrant and what each token is reinforced by under cfg.method:
-    batch.credit, and for kl-cov batch.penalty.
-
-    kl-cov marks the 0.2% of the step's tokens, dropped groups too, of highest
-    (logp - mean)(A - mean), where entropy falls fastest, for a penalty (Cui et al. 2025)."""
-    cfg, H, mask, G = run.cfg, batch.H, batch.mask, run.cfg.group_size
-    batch.advantage = A = group_advantages(batch.reward, G)                             # (1)
-    batch.quadrant = quadrants(batch.reward, H, mask, G)
-    batch.credit = credit_rule(cfg.method, A, H, mask, G, cfg.alpha, cfg.phi)           # (7)
-    if cfg.method == "kl-cov":
-        logp, credit = batch.logp, batch.credit
-        cov = (logp - logp[mask].mean()) * (credit - credit[mask].mean())
-        batch.penalty = mask & (cov >= cov[mask].topk(math.ceil(int(mask.sum()) / 500)).values[-1])
-    within = lambda names: torch.isin(batch.quadrant, torch.tensor(
-        [1 + QUADRANTS.index(q) for q in names.split(",") if q]))
-    if cfg.without:
-        batch.credit = torch.where(within(cfg.without), A[:, None], batch.credit)
-    if cfg.quadrants:
-        batch.credit = batch.credit * within(cfg.quadrants)
-
-
-def mini_batches(run, batch):
-    """The kept groups, in the order of the stream, which is random, cut evenly into mini-batches of
-    at most prompts_per_minibatch: this process' share of each, which may be none."""
-    groups = batch.kept.nonzero().view(-1, run.cfg.group_size)                  # (groups, G)
-    parts = -(-len(groups) // run.cfg.prompts_per_minibatch)    # rounded up; 0 without such groups
-    for k in range(parts):
-        part = groups[k * len(groups) // parts:(k + 1) * len(groups) // parts]
-        yield batch.rows(run.world.share(part).flatten())
-
-
-def proxy_information(counts):
-    """(14)  Ihat(H; r) = S(H) - S(H | r) in nats, S the entropy of a histogram of H; counts (2,
-    bins) of tokens of wrong and right responses.
-
-    The mutual information of a token's entropy and its response's verdict: 0 if both have the same
-    histogram. Counting alone gives about bins / (2 tokens) too much."""
-    nats = lambda x: float(-torch.special.xlogy(x / x.sum(), x / x.sum()).sum())
-    counts = counts.double()
-    return nats(counts.sum(0)) - sum(float(row.sum() / counts.sum()) * nats(row)
-                                     for row in counts if row.sum())
-
-
-def measure(run, batch, updates, start):
-    """The metrics of the step that began at start: loss, gradient, clips and quadrants of the
-    groups learned from, the others of all that was tried. Also H as a histogram (2, 32), in bins of
-    0.125 nats, of wrong and right responses."""
-    mask, right = batch.mask, batch.right.view(-1, run.cfg.group_size)
-    rows, tokens, learned = len(mask), int(mask.sum()), mask & batch.kept[:, None]
-    bins = (batch.H / 0.125).long().clamp(max=31) + 32 * batch.right[:, None]
-    histogram = torch.bincount(bins[mask], minlength=64).view(2, 32)
-    loss, norm, clipped, drift = zip(*updates or [(0.0, 0.0, 0.0, [0.0] * 5)])
-    code, phases = batch.quadrant[learned], ("sample", "score", "update")
-    sums = [torch.bincount(code, x[learned].double(), 5)
-            for x in (mask, batch.credit.abs(), batch.H)]
-    shares = [x / x.sum().clamp(min=1e-9) for x in sums]
-    shares += [torch.tensor(drift).sum(0) / sums[0].clamp(min=1)]
-    seconds = time.perf_counter() - start
-    clock = {f"{what}_{x}": run.clock[f"{what}_{x}"] for what in ("seconds", "bytes")
-             for x in phases}
-    m = dict(reward=batch.reward.mean(), solve_rate=right.float().mean(),
-             entropy=batch.H.sum() / tokens, information=proxy_information(histogram),
-             response_tokens=tokens, response_length=tokens / rows,
-             truncated=1 - batch.ended.float().mean(), groups=len(right),
-             groups_all_right=int(right.all(1).sum()), groups_all_wrong=int((~right).all(1).sum()),
-             loss=sum(loss) / len(loss), grad_norm=sum(norm) / len(norm),
-             sampler_gap=batch.gap.sum() / tokens,
-             clip_fraction=sum(clipped) / max(1, int(learned.sum())), seconds=seconds,
-             **clock, peak_memory_bytes=max(clock[f"bytes_{x}"] for x in phases),
-             tokens_per_second=tokens / seconds)
-    for key, share in zip(("tokens", "advantage", "entropy", "drift"), shares):
-        m |= {f"{key}/{name}": x for name, x in zip(QUADRANTS, share[1:])}
-    return {k: x if isinstance(x, int) else round(float(x), 6) for k, x in m.items()}, histogram
-
-
-def pass_at_k(n, c, k):
-    """(8)  1 - C(n - c, k) / C(n, k): the chance that k drawn from n samples, of which c are right,
-    hold a right one."""
-    return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k)) if n - c >= k else 1.0
-
-
-def interval(shares):
-    """The 95% interval of a mean over questions, (questions,) -> (2,), by bootstrap over them."""
-    dice = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(shares), (2000, len(shares)), generator=dice)
-    return torch.quantile(shares[picks].mean(1), torch.tensor([0.025, 0.975]))
-
-
-def exam(run, step):
-    """Avg@k, (9), the mean of c / k, and Pass@k, (8), on every exam -> metrics; also printed, and
-    in eval.json; every response goes into responses.jsonl. H is at the exam's temperature (at 1 if
-    that is 0). The dice are the same every time: two sittings differ by the model alone."""
-    cfg, metrics, k = run.cfg, {}, run.cfg.eval_samples
-    for name, problems in run.exams.items():
-        batch = attempt(run, list(enumerate(problems)), name, k, cfg.eval_temperature,
-                        cfg.eval_top_p)
-        c, tokens = batch.right.view(-1, k).sum(1), int(batch.response_len.sum())       # c (B,)
-        js = [2 ** i for i in range(k.bit_length()) if cfg.eval_only and 2 ** i < k] + [k]
-        shares = {f"avg@{k}": c / k, **{f"pass@{j}": torch.tensor(
-            [pass_at_k(k, int(x), j) for x in c]) for j in js}}
-        m = {key: x.mean() for key, x in shares.items()}
-        m["avg_low"], m["avg_high"] = interval(shares[f"avg@{k}"])
-        m["pass_low"], m["pass_high"] = interval(shares[f"pass@{k}"])
-        m |= {"entropy": batch.H.sum() / tokens, "length": tokens / len(batch.ids),
-              "truncated": 1 - batch.ended.float().mean()}
-        metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in m.items()}
-        run.lines += [f"{f'step {step}' if step else 'base':8} {name}: Avg@{k} "
-                      f"{m[f'avg@{k}']:.3f}, 95% interval {m['avg_low']:.3f} .. "
-                      f"{m['avg_high']:.3f}, Pass@{k} {m[f'pass@{k}']:.3f}, entropy "
-                      f"{m['entropy']:.3f} nats"]
-        run.world.print(f"\n{run.lines[-1]}\n  {problems[0].problem!r:.98}",
-                        *paint(run, batch.rows(slice(0, k))))
-        keep_responses(run, step, name, problems, batch)
-    if run.world.rank == 0 and metrics:
-        replace_file(f"{run.out}/eval.json", json.dumps({"step": step, **metrics}, indent=2))
-    return metrics
-
-
-def keep_responses(run, step, name, problems, batch):
-    """Add the responses of an exam to responses.jsonl."""
-    if run.world.rank == 0:
-        with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as f:
-            for i, text in enumerate(texts(run, batch)):
-                n, tokens = int(batch.number[i]), int(batch.response_len[i])
-                row = dict(step=step, set=name, number=n, problem=problems[n].problem,
-                           answer=problems[n].answer, right=bool(batch.right[i]), tokens=tokens,
-                           ended=bool(batch.ended[i]),
-                           entropy=round(float(batch.H[i].sum()) / tokens, 6), response=text)
-                f.write(json.dumps(row, default=str) + "\n")
-
-
-def paint(run, group):
-    """The first three responses of a group as lines; on a terminal tokens have the colours of
-    quadrants: green right, red wrong, bold from mu_H up."""
-    codes = quadrants(group.reward, group.H, group.mask, len(group.ids)).tolist()
-    for i in range(min(3, len(codes))):
-        tokens = [run.tokenizer.decode([t], skip_special_tokens=True) for t in group.response(i)]
-        if sys.stdout.isatty():
-            colours = ("", "1;32", "32", "31", "1;31")
-            tokens = [f"\033[{colours[code]}m{t}\033[0m" for code, t in zip(codes[i], tokens)]
-        yield f"\n  {'right' if group.right[i] else 'wrong'}  {''.join(tokens[:400])}"
-
-
-# --------------------------------------------------------------------------------------------------
-# Part 8. Plumbing: processes, the plan, checkpoints, files. Skip on first reading.
-# --------------------------------------------------------------------------------------------------
 
 class World:
-    """The processes of a run, one a GPU. With one process nothing is communicated."""
+    """The processes of a run, one per GPU. With a single process nothing is communicated.
+
+    `gather` and all that calls it must be called by every process, or the others wait.
+    """
 
     def __init__(self, cfg):
-        number = lambda name, alone: int(os.environ.get(name, alone))       # set by torchrun
-        self.rank, self.size = number("RANK", 0), number("WORLD_SIZE", 1)
-        self.stop, self.phase, cuda = False, "start", torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{number('LOCAL_RANK', 0)}" if cuda else "cpu")
-        self.tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)     # of a micro-batch
+        cuda = torch.cuda.is_available()
+        self.rank = int(os.environ.get("RANK", 0))                  # torchrun sets these
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
         self.bf16 = cuda and cfg.model != "tiny"
         self.sharded = self.size > 1 or self.bf16
+        self.microbatch_tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
+        self.signalled = False
+        self.phase = "other"
+        self.start_clock()
+
         if cuda:
             torch.cuda.set_device(self.device)
         if self.sharded and not dist.is_initialized():
-            alone = {} if self.size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                    timeout=timedelta(minutes=60), **alone)
-
-    def shard(self, policy, offload):
-        """The policy, its fp32 weights cut over the GPUs layer by layer: a layer is put together,
-        in bf16, only while it computes (FSDP2). On a GPU, what a layer computes is forgotten and
-        computed again in backward."""
-        if not self.sharded:
-            return policy.to(self.device)
-        low = torch.bfloat16 if self.bf16 else None
-        how = dict(mesh=dist.init_device_mesh(self.device.type, (self.size,)),
-                   mp_policy=fsdp.MixedPrecisionPolicy(low, torch.float32))
-        if offload:
-            how["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
-        for layer in next(x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList)):
-            if self.device.type == "cuda":
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-            fsdp.fully_shard(layer, **how)
-        return fsdp.fully_shard(policy, **how)
-
-    def whole(self, x):
-        """A tensor put together from its shards on every process; all must ask for it."""
-        return x.to(self.device).full_tensor() if hasattr(x, "full_tensor") else x
+            alone = {}
+            if self.size == 1:
+                alone = dict(store=dist.HashStore(), rank=0, world_size=1)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=60), **alone)
 
     def gather(self, x):
-        """[x of process 0, x of process 1 ...], on every process; all must call it."""
-        parts = [x] * self.size
-        if self.size > 1:
-            try:
-                dist.all_gather_object(parts, x)
-            except RuntimeError as e:       # the others did not answer, or not in time
-                e.add_note(f"eapo: process {self.rank} of {self.size}, phase {self.phase}")
-                raise
+        """[x of process 0, x of process 1, ...] on every process."""
+        if self.size == 1:
+            return [x]
+        parts = [None] * self.size
+        try:
+            dist.all_gather_object(parts, x)
+        except RuntimeError as error:       # the others did not answer, or not in time
+            error.add_note(f"eapo: process {self.rank} of {self.size}, phase {self.phase}")
+            raise
         return parts
+
+    def sum(self, x):
+        """The sum of a number over all processes."""
+        return sum(self.gather(float(x)))
 
     def share(self, items):
         """The part of a list that this process works on."""
         return items[self.rank::self.size]
 
-    def free(self):
-        """Bytes that this process may still fill: of its GPU; else its part of the machine's."""
+    def whole(self, x):
+        """A tensor put together from its parts on all processes."""
+        if hasattr(x, "full_tensor"):
+            return x.to(self.device).full_tensor()
+        return x
+
+    def start_clock(self):
+        """A step begins: forget the seconds and the memory of the last one."""
+        self.clock = Counter()
+        self.step_start = time.perf_counter()
+        self.phase_start = self.step_start
+
+    def begin(self, phase):
+        """From now on time and GPU memory count for this phase: sample, score, update or other."""
+        now = time.perf_counter()
+        self.clock[f"seconds_{self.phase}"] += now - self.phase_start
         if self.device.type == "cuda":
-            return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-                    - torch.cuda.memory_allocated())
+            key = f"bytes_{self.phase}"
+            self.clock[key] = max(self.clock[key], torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+        self.phase = phase
+        self.phase_start = now
+
+    def clock_metrics(self):
+        """Seconds and peak bytes of each phase of the step so far; 0 bytes on a CPU."""
+        self.begin("other")
+        metrics = {f"seconds_{phase}": self.clock[f"seconds_{phase}"]
+                   for phase in ("sample", "score", "update")}
+        metrics |= {f"bytes_{phase}": self.clock[f"bytes_{phase}"]
+                    for phase in ("sample", "score", "update")}
+        metrics["peak_memory_bytes"] = max(
+            self.clock[f"bytes_{phase}"] for phase in ("sample", "score", "update"))
+        return metrics
+
+    def free_memory(self):
+        """Bytes that this process may still fill, of its GPU or of its share of the machine's."""
+        if self.device.type == "cuda":
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            return torch.cuda.mem_get_info()[0] + unused
         if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-            return math.inf
+            return math.inf                             # Windows does not tell
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / self.size
 
-    def print(self, *text):
-        """Print once, not once a process, and above the progress bar."""
+    def print(self, text):
+        """Print once, not once per process, and above the progress bar."""
         if self.rank == 0:
-            tqdm.write("".join(text))
+            tqdm.write(text)
 
-    def bar(self, steps, name, least=1, **how):
-        """A progress bar over steps, on the first process, if there are at least so many."""
-        return tqdm(steps, desc=name, disable=self.rank > 0 or len(steps) < least, **how)
+    def bar(self, items, name, least=1, **options):
+        """A progress bar over items, on the first process, if there are at least so many."""
+        hidden = self.rank > 0 or len(items) < least
+        return tqdm(items, desc=name, disable=hidden, **options)
 
     def on_signal(self, *_):
         """Ctrl-C and SIGTERM: finish the step, save, stop."""
-        self.stop = True
-        os.write(2, b"\neapo: stopping after this step (Ctrl-\\ stops at once)\n" * (not self.rank))
+        self.signalled = True
+        if self.rank == 0:
+            os.write(2, b"\neapo: stopping after this step (Ctrl-\\ stops at once)\n")
 
     def asked_to_stop(self):
         """Whether a signal has reached any process."""
-        return any(self.gather(self.stop))
+        return any(self.gather(self.signalled))
 
 
-def plan(cfg, world, out):
-    """Print what each process will hold in memory, in GB, and refuse what cannot fit, before any
-    weight is read. The update holds weights, gradients, moments and what it works with; the
-    rollout weights, moments, a copy to sample from and the groups sampled at a time; the disk a
-    model and three checkpoints, one of them being written."""
-    with using(cfg.model), torch.device("meta"):
-        c = AutoConfig.from_pretrained(cfg.model)
-        P = sum(p.numel() for p in AutoModelForCausalLM.from_config(c).parameters())
-    need(hasattr(c, "num_attention_heads"), f"{cfg.model} is not a text-only transformer")
-    n, cuda, L = world.size, world.device.type == "cuda", c.num_hidden_layers
-    width, here = 2 if world.bf16 else 4, not (cfg.offload and cuda)
-    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    tokens = max(longest, world.tokens)
-    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    layer = tokens * width * (6 * c.hidden_size + 4 * inner)                        # activations
-    ends = 2 * c.vocab_size * c.hidden_size * world.sharded     # embedding and head, put together
-    working = max(16 * CHUNK + 2 * width * (P / L * world.sharded + ends)
-                  + (tokens * width * L * c.hidden_size + layer if cuda else L * layer),
-                  ends * (2 * width + 4 + 4 / n))               # while their gradients are reduced
-    weights, copy, free = 4 * P / n * here, width * P * world.sharded, world.free()
-    B, one = groups_at_once(c, width, longest, cfg.group_size, free - 3 * weights - copy)
-    groups = one * min(B, -(-cfg.prompts_per_step // n))
-    size = dict(weights=weights, gradients=weights, moments=2 * weights, working=working, copy=copy,
-                groups=groups, update=4 * weights + working, rollout=3 * weights + copy + groups,
-                free=free)
-    world.print(f"{cfg.model}: {P / 1e6:.1f}M parameters on {n} x {world.device.type}; GB each: "
-                + ", ".join(f"{name} {x / 1e9:.2f}" for name, x in size.items()))
-    for phase in ("rollout",) if cfg.eval_only else ("update", "rollout"):
-        need(size[phase] < free, f"the {phase} needs about {size[phase] / 1e9:.0f} GB of "
-             f"{free / 1e9:.0f}: use {'more --gpus, --offload, or ' * cuda}a smaller model; smaller"
-             " --microbatch-tokens or --max-response-tokens help a little")
-    disk, room = P * (40 if cfg.save_every else 16) / 1e9, shutil.disk_usage(out).free / 1e9
-    need(cfg.eval_only or disk < room, f"{out} needs {disk:.1f} GB for the model and checkpoints, "
-         f"and its disk has {room:.1f} left: choose another --out or --save-every 0")
+def open_run(cfg):
+    """Processes, folder, model and problems of a Config -> a Run, ready for its first step."""
+    world = World(cfg)
+    out = open_folder(cfg, world)
+    if cfg.model != "tiny":
+        check_memory(cfg, world, out)
+    lm, tokenizer, stop_ids = load_model(cfg)
+    sampler = new_sampler(lm, world)
+    run = Run(cfg, world, out, shard(Policy(lm), world, cfg.offload), tokenizer, stop_ids, sampler)
+    empty_sampler(run)
+
+    if cfg.eval_every > 0 or cfg.eval_only:
+        for source in split_names(cfg.eval_data):
+            name = os.path.basename(source)             # MATH-500 of HuggingFaceH4/MATH-500
+            if os.path.isfile(source):
+                name = os.path.splitext(name)[0]        # test of test.jsonl
+            name = name.replace(":", "-")
+            require(name not in run.eval_sets, f"--eval-data has two sets {name}: rename a file")
+            run.eval_sets[name] = load_problems(run, source, "eval")
+    if cfg.eval_only:
+        problems = sum(run.eval_sets.values(), [])
+    else:
+        problems = load_problems(run, cfg.train_data, "train")
+        run.stream = Stream(problems, cfg.seed)
+        run.optimizer = new_optimizer(run, cfg.learning_rate, beta2=0.999)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, world.on_signal)
+    sanity_check(run, problems)
+    return run
 
 
-def doctor(run, problems):
-    """Print what most often is wrong before a run that learns nothing: the first prompt as the
-    model sees it, stop tokens, and what the verifier says of golds and of junk."""
-    p, tokenizer, golds = problems[0], run.tokenizer, [p.answer for p in problems[:200]]
-    longest = max(len(p.ids) for p in sum(run.exams.values(), problems)) \
-        + run.cfg.max_response_tokens
-    fits = getattr(run.policy.lm.config, "max_position_embeddings", None) or longest
-    need(longest <= fits, f"{run.cfg.model} reads {fits} tokens, and the longest prompt with its "
-                          f"response has {longest}: lower --max-response-tokens")
-    paid, junk = (sum(is_correct(f"\\boxed{{{x or (g[0] if isinstance(g, list) else g)}}}", g)
-                      for g in golds) / len(golds) for x in ("", "no idea"))
-    text, bos = tokenizer.decode(p.ids), p.ids.count(tokenizer.bos_token_id)
-    need(run.cfg.model != "tiny" or text == p.problem,
-         f"of {p.problem!r:.50} --model tiny can read {text!r:.50} only: name another --model")
-    run.world.print(f"first prompt: {text[:400]!r}\n  {len(p.ids)} ids, {p.ids[:8]} .. "
-                    f"{p.ids[-4:]}, BOS {bos} times; responses end with "
-                    f"{tokenizer.convert_ids_to_tokens(run.stop_ids)}\n"
-                    f"verifier: pays {paid:.0%} of {len(golds)} gold answers, {junk:.0%} of junk")
-    if "boxed" not in text and run.cfg.model != "tiny":
-        run.world.print("warning: the prompt does not ask for \\boxed{}: unless the model boxes "
-                        "its answer anyway, no response will be right; say so in the problems, "
-                        "or imitate solutions first (--warmup-data)")
+def close_run(run):
+    """Save the trained model and say what came of the run."""
+    if not run.cfg.eval_only:
+        save_model(run)
+    n = len(run.eval_sets)
+    first_and_last = run.results[:n] + run.results[n:][-n:]
+    run.world.print("\n" + "\n".join(first_and_last) + "\n")
+    said = "stopped; go on with --resume" if run.stopping else "all is in"
+    run.world.print(f"{said} {run.out}")
+
+
+def open_folder(cfg, world):
+    """Make the folder of the run and write config.json into it -> its path."""
+    model = os.path.basename(os.path.normpath(cfg.model))
+    out = cfg.out or f"runs/{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    out = os.path.normpath(world.gather(out)[0])
+    if cfg.resume:
+        require(checkpoints(out),
+                f"{out} holds no checkpoint, see --save-every: start a new run")
+    else:
+        require(not os.path.exists(f"{out}/metrics.jsonl"),
+                f"{out} holds the metrics of another run: choose another --out, or --resume {out}")
+    settings = asdict(cfg)
+    settings["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__,
+                            "python": platform.python_version()}
+    with one_line_errors(out):
+        os.makedirs(out, exist_ok=True)
+        if world.rank == 0:
+            replace_file(f"{out}/config.json", json.dumps(settings, indent=2))
+            if not cfg.resume:
+                replace_file(f"{out}/responses.jsonl", "")
+    return out
+
+
+def check_memory(cfg, world, out):
+    """Say what weights, gradients and moments take, and refuse what cannot fit, before loading."""
+    with one_line_errors(cfg.model), torch.device("meta"):
+        config = AutoConfig.from_pretrained(cfg.model)
+        lm = AutoModelForCausalLM.from_config(config)
+    require(hasattr(config, "num_attention_heads"), f"{cfg.model} is not a text-only transformer")
+    parameters = sum(p.numel() for p in lm.parameters())
+
+    # fp32 weights, and for training gradients and AdamW's two moments: 4 or 16 bytes per parameter.
+    # Activations, the KV cache and logits come on top; they depend on lengths and adapt to memory.
+    state = (4 if cfg.eval_only else 16) * parameters / world.size
+    if cfg.offload and world.device.type == "cuda":
+        state = 0                                       # in host memory
+    copy = 0
+    if world.sharded:
+        copy = (2 if world.bf16 else 4) * parameters
+    free = world.free_memory()
+    world.print(f"{cfg.model}: {parameters / 1e6:.1f}M parameters on {world.size} x "
+                f"{world.device.type}. GB per process: {state / 1e9:.2f} for weights, gradients "
+                f"and moments, {copy / 1e9:.2f} for the copy that samples, of {free / 1e9:.2f}")
+    need = max(state, copy + state * 3 / 4)             # gradients are gone while the copy samples
+    require(need < free, f"{cfg.model} needs at least {need / 1e9:.0f} GB of {free / 1e9:.0f}: use "
+            "more --gpus, --offload, or a smaller model")
+
+    # On disk: the model, and checkpoints of weights and moments, the last two and a new one.
+    disk = (40 if cfg.save_every > 0 else 16) * parameters / 1e9
+    room = shutil.disk_usage(out).free / 1e9
+    require(cfg.eval_only or disk < room,
+            f"{out} needs {disk:.1f} GB for the model and checkpoints, and its disk has {room:.1f} "
+            "left: choose another --out, or --save-every 0")
+
+
+def load_model(cfg):
+    """The language model with fp32 weights, its tokenizer, and the ids that end a response."""
+    if cfg.model == "tiny":
+        lm, tokenizer = tiny_model(cfg.seed)
+    else:
+        with one_line_errors(cfg.model):
+            lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+    lm.eval()                                           # no dropout
+
+    ends = lm.generation_config.eos_token_id
+    if not isinstance(ends, list):
+        ends = [ends]
+    ends = [tokenizer.eos_token_id] + ends
+    stop_ids = [x for x in dict.fromkeys(ends) if x is not None]
+    require(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
+    # A hub model's generation config may hold what save_pretrained refuses.
+    lm.generation_config = GenerationConfig(eos_token_id=stop_ids)
+
+    if lm.config._attn_implementation == "sdpa":
+        lm.set_attn_implementation("one token")
+    check_head(cfg, lm, stop_ids)
+    return lm, tokenizer, stop_ids
+
+
+@torch.no_grad()
+def check_head(cfg, lm, stop_ids):
+    """Refuse a model whose logits are not hidden states times a matrix, as HeadInChunks has it."""
+    probe = torch.tensor([stop_ids[:1] * 2])
+    hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
+    ours = hidden @ lm.get_output_embeddings().weight.T
+    require(torch.allclose(ours, lm(probe).logits, atol=1e-3),
+            f"{cfg.model} makes its logits in another way than by one matrix (a bias, a soft cap, "
+            "a scale): HeadInChunks would have to do the same")
+
+
+def shard(policy, world, offload):
+    """Cut the fp32 weights of the policy over the processes, layer by layer (FSDP2).
+
+    A layer is put together, in bf16 on GPUs, only while it computes. On GPUs what it computes is
+    forgotten, and computed again in backward.
+    """
+    if not world.sharded:
+        return policy.to(world.device)
+    compute_dtype = torch.bfloat16 if world.bf16 else None
+    options = dict(
+        mesh=dist.init_device_mesh(world.device.type, (world.size,)),
+        mp_policy=fsdp.MixedPrecisionPolicy(compute_dtype, torch.float32))
+    if offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
+    layers = next(x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList))
+    for layer in layers:
+        if world.device.type == "cuda":
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        fsdp.fully_shard(layer, **options)
+    return fsdp.fully_shard(policy, **options)
+
+
+def new_sampler(lm, world):
+    """The model that samples: the policy's own, or, if that will be cut up, a whole copy of it."""
+    if not world.sharded:
+        return lm
+    dtype = torch.bfloat16 if world.bf16 else torch.float32
+    with world.device:
+        return AutoModelForCausalLM.from_config(lm.config, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def fill_sampler(run):
+    """Put the policy's weights into the copy that samples, if it is empty -> the copy."""
+    for mine, theirs in zip(run.sampler.parameters(), run.policy.lm.parameters()):
+        if mine.numel() == 0:
+            weight = run.world.whole(theirs)
+            mine.data = weight.to(run.sampler.device, mine.dtype, copy=True)
+    return run.sampler
+
+
+def empty_sampler(run):
+    """Free the copy's weights: the update needs the room, and will make them out of date."""
+    if run.sampler is run.policy.lm:
+        return
+    for weight in run.sampler.parameters():
+        weight.data = weight.data.new_empty(0)
+
+
+def sanity_check(run, problems):
+    """Show the first prompt as the model sees it, and check the usual reasons for learning nothing.
+    """
+    cfg = run.cfg
+    lm_config = run.policy.lm.config
+    everything = problems + sum(run.eval_sets.values(), [])
+    longest = max(len(problem.ids) for problem in everything) + cfg.max_response_tokens
+    limit = getattr(lm_config, "max_position_embeddings", None) or longest
+    require(longest <= limit, f"{cfg.model} reads {limit} tokens, and the longest prompt with its "
+            f"response has {longest}: lower --max-response-tokens")
+
+    first = problems[0]
+    text = run.tokenizer.decode(first.ids)
+    if cfg.model == "tiny":
+        require(text == first.problem, f"of {first.problem!r:.50} --model tiny can read only "
+                f"{text!r:.50}: name another --model")
+    elif "boxed" not in text:
+        run.world.print(
+            "warning: the prompt does not ask for \\boxed{}. Unless the model boxes its answers "
+            "anyway, no response will be right: say so in the problems, or imitate solutions first "
+            "(--warmup-data)")
+
+    golds = [problem.answer for problem in problems[:200]]
+    firsts = [gold[0] if isinstance(gold, list) else gold for gold in golds]
+    paid = sum(is_correct(f"\\boxed{{{one}}}", gold) for one, gold in zip(firsts, golds))
+    junk = sum(is_correct("\\boxed{no idea}", gold) for gold in golds)
+    run.world.print(
+        f"first prompt: {text[:400]!r}\n"
+        f"  {len(first.ids)} ids, {first.ids[:8]} .. {first.ids[-4:]}, BOS "
+        f"{first.ids.count(run.tokenizer.bos_token_id)} times; responses end with "
+        f"{run.tokenizer.convert_ids_to_tokens(run.stop_ids)}\n"
+        f"verifier: pays {paid / len(golds):.0%} of {len(golds)} gold answers, "
+        f"{junk / len(golds):.0%} of junk")
+
+
+def warn_of_first_step(run, metrics):
+    """Warn of what would spoil every other step too."""
+    if metrics["truncated"] > 0.5:
+        run.world.print("warning: most responses were cut off at --max-response-tokens: raise it, "
+                        "or see whether the stop tokens above are the model's")
+    if metrics["grad_norm"] == 0:
+        run.world.print("warning: nothing was learned: no group had right and wrong responses, or "
+                        "--quadrants left no token its credit; a longer warm-up may help")
+    if metrics["sampler_gap"] > 0.1:
+        run.world.print(f"warning: sampler and policy differ by {metrics['sampler_gap']} nats per "
+                        "token: what is trained is not what samples")
 
 
 def replace_file(path, text):
-    """Write a file beside its place and rename it: there is never half a file."""
-    with open(path + ".new", "w", encoding="utf-8") as f:
-        f.write(text)
+    """Write a file beside its place and rename it, so that there is never half a file."""
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        file.write(text)
     os.replace(path + ".new", path)
 
 
 def save_model(run):
-    """The policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
-    path, lm = f"{run.out}/model", run.policy.lm
-    weights = dcs.get_model_state_dict(lm, options=dcs.StateDictOptions(
-        full_state_dict=True, cpu_offload=True))
-    if run.world.rank == 0:
-        every, once = (dict(lm.named_parameters(remove_duplicate=x)) for x in (False, True))
-        lm.save_pretrained(path + ".new", state_dict={      # of tied weights, the first
-            name: w for name, w in weights.items() if name in once or name not in every})
-        run.tokenizer.save_pretrained(path + ".new")
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(path + ".new", path)
+    """Write the policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
+    path = f"{run.out}/model"
+    lm = run.policy.lm
+    options = dcs.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcs.get_model_state_dict(lm, options=options)
+    if run.world.rank > 0:
+        return
+    # Tied weights have two names in `weights`; a file holds them once, under the first.
+    all_names = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
+    first_names = {name for name, _ in lm.named_parameters()}
+    second_names = all_names - first_names
+    weights = {name: weight for name, weight in weights.items() if name not in second_names}
+
+    lm.save_pretrained(path + ".new", state_dict=weights)
+    run.tokenizer.save_pretrained(path + ".new")
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(path + ".new", path)
 
 
-def save_checkpoint(run, optimizer, stream, step):
-    """out/checkpoint/step-N: weights and moments, each process its shards, and where the data
-    stands; written beside and renamed, the last two kept. No random state: the loop's dice come
-    from seeds and numbers, the order of the problems from seed and epoch."""
+def save_checkpoint(run, step):
+    """Write out/checkpoint/step-N: weights, moments and data position; keep the last two.
+
+    Each process writes its shards. There is no random state to keep: the random numbers of a
+    response and the order of an epoch come from seeds and counts alone.
+    """
     path = f"{run.out}/checkpoint/step-{step:06}"
-    dcp.save(state(run, optimizer, stream, step), checkpoint_id=path + ".new")
+    dcp.save(checkpoint_state(run, step), checkpoint_id=path + ".new")
     if run.world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(path + ".new", path)
         for old in checkpoints(run.out)[:-2]:
             shutil.rmtree(old)
-    run.world.gather(None)
+    run.world.gather(None)                              # nobody goes on before it is there
 
 
 def checkpoints(out):
-    """The folders of the checkpoints of a run, none half-written, the latest last."""
+    """The folders of a run's complete checkpoints, the latest last."""
     return sorted(glob.glob(f"{glob.escape(out)}/checkpoint/*[0-9]"))
 
 
-def state(run, optimizer, stream, step):
+def checkpoint_state(run, step):
     """What a checkpoint holds."""
-    model, moments = dcs.get_state_dict(run.policy, optimizer)
-    data = crc32(json.dumps([(p.problem, str(p.answer)) for p in stream.problems]).encode())
-    return dict(model=model, optimizer=moments, step=step, position=stream.position, data=data)
+    model, moments = dcs.get_state_dict(run.policy, run.optimizer)
+    problems = [(problem.problem, str(problem.answer)) for problem in run.stream.problems]
+    return {
+        "model": model,
+        "optimizer": moments,
+        "step": step,
+        "position": run.stream.position,
+        "data": crc32(json.dumps(problems).encode()),   # to notice other data on resume
+    }
 
 
-def load_checkpoint(run, optimizer, stream):
-    """Set weights, moments, data position and logs from a run's last checkpoint -> its step."""
-    saved = state(run, optimizer, stream, 0)
-    data = saved["data"]
-    dcp.load(saved, checkpoint_id=checkpoints(run.out)[-1])
-    need(saved["data"] == data, f"{run.cfg.train_data} is not the data that {run.out} was trained "
-                                "on: its problems differ")
-    dcs.set_state_dict(run.policy, optimizer, model_state_dict=saved["model"],
-                   optim_state_dict=saved["optimizer"])
-    stream.position = saved["position"]
+def load_checkpoint(run):
+    """Continue from the last checkpoint: weights, moments, data position and logs."""
+    state = checkpoint_state(run, step=0)
+    data = state["data"]
+    dcp.load(state, checkpoint_id=checkpoints(run.out)[-1])
+    require(state["data"] == data, f"{run.cfg.train_data} is not the data that {run.out} was "
+            "trained on: its problems differ")
+    dcs.set_state_dict(run.policy, run.optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
+    run.stream.position = state["position"]
+    run.done = state["step"]
+
+    # Steps after the checkpoint will be done again: take them out of the logs.
+    kept = {}
     for name in ("responses.jsonl", "metrics.jsonl"):
-        with open(f"{run.out}/{name}", "a+", encoding="utf-8") as f:
-            f.seek(0)
-            run.rows = [row for row in map(json.loads, (x for x in f if x.endswith("\n")))
-                        if row["step"] <= saved["step"]]
-        run.world.gather(None)
-        if run.world.rank == 0:
-            replace_file(f"{run.out}/{name}", "".join(json.dumps(x) + "\n" for x in run.rows))
-    return saved["step"]
-
-
-def open_folder(cfg, world):
-    """Make the folder of the run and write config.json into it -> path."""
-    name = os.path.basename(os.path.normpath(cfg.model))
-    out = cfg.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    out = os.path.normpath(world.gather(out)[0])
-    need(cfg.resume or not os.path.exists(f"{out}/metrics.jsonl"),
-         f"{out} holds the metrics of another run: choose another --out, or --resume {out}")
-    need(not cfg.resume or checkpoints(out),
-         f"{out} holds no checkpoint, see --save-every: start a new run")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                "python": platform.python_version()}
-    with using(out):
-        os.makedirs(out, exist_ok=True)
-        if world.rank == 0:
-            replace_file(f"{out}/config.json",
-                         json.dumps(asdict(cfg) | {"versions": versions}, indent=2))
-            open(f"{out}/responses.jsonl", "a" if cfg.resume else "w").close()
-    return out
-
-
-# --------------------------------------------------------------------------------------------------
-# Part 9. The report: one HTML page that works offline and runs no script. Skip on first reading.
-# PENS: colour and dashes of a line; MARKS: of a quadrant also its underline and its meaning.
-# --------------------------------------------------------------------------------------------------
-
-PENS = ("#8a5be0", ""), ("#2c9a4b", "7 4"), ("#d8478f", "1 4"), ("#a8743a", "9 4"), ("gray", "4")
-MARKS = {"PHR": ("#2f7de1", "", "3px solid", "right, H at or above the mean of its group"),
-         "PLR": ("#1298a8", "1 4", "2px dotted", "right, H below it"),
-         "NLR": ("#bd8200", "6 4", "1px solid", "wrong, H below it"),
-         "NHR": ("#dd4840", "9 4 1 4", "4px double", "wrong, H at or above it")}
-HEAD = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>:root { color-scheme: light dark }  path { fill: none }  section { font-size: 13px }
-body { max-width: 1200px; margin: auto; padding: 8px 16px 90px; overflow-wrap: anywhere;
-  background: Canvas; color: CanvasText; font: 15px/1.5 system-ui, sans-serif }
-div { display: grid; grid: auto / repeat(auto-fill, minmax(min(100%, 270px), 1fr)); gap: 16px 28px }
-svg { fill: CanvasText; font-size: 12px; stroke-width: 1.8; stroke-linecap: round }
-pre { position: relative; margin: 0; font: 15px/2.1 ui-monospace, monospace; white-space: pre-wrap }
-a { padding: 2px 0; unicode-bidi: isolate; background: rgb(245 158 11 / var(--h)) padding-box }
-a:hover::after, a:focus::after { content: attr(data-t); position: absolute; left: 0; padding: 4px;
-  margin-top: 2em; background: CanvasText; color: Canvas; line-height: 1.4; pointer-events: none }
-""" + "\n".join(f".{q} {{ border-bottom: {m[2]} {m[0]} }}" for q, m in MARKS.items()) + "</style>"
-
-
-def shown(text):
-    """Text from outside as HTML: escaped, with line ends and control characters made visible."""
-    text = str(text).replace("\n", "↵\n")
-    return html.escape("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text))
-
-
-def curve(seeds, key):
-    """[(step, low, mean, high)] of a metric: over seeds, or the interval of one seed's Avg@k."""
-    at, stem = {}, key.rpartition("@")[0]
-    for row in (row for rows in seeds for row in rows if math.isfinite(row.get(key, math.nan))):
-        one = len(seeds) == 1 and key.replace("pass@", "avg@") in row   # the k of the interval
-        ends = [row.get(f"{stem}_{end}", row[key]) for end in ("low", "high") if one]
-        at.setdefault(row["step"], []).append((row[key], *ends))
-    return [(step, min(map(min, found)), sum(y for y, *_ in found) / len(found),
-             max(map(max, found))) for step, found in sorted(at.items())]
-
-
-def ticks(low, high):
-    """Round numbers, evenly spaced, from at most low to at least high."""
-    high = high if high > low else low + 1
-    steps = (m * 10.0 ** e for e in range(-9, 9) for m in (1, 2, 5))
-    step = next(step for step in steps if high - low <= 5 * step)
-    return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-def chart(title, lines, x_name="step", log=False):
-    """A figure of lines {name: (pen, seeds, key)}; "" if there is no data."""
-    lines = [(name, pen, line) for name, (pen, *data) in lines.items() if (line := curve(*data))]
-    if not lines:
-        return ""
-    x, low, _, high = zip(*[point for *_, line in lines for point in line])
-    xs, ys = ticks(min(x), max(x)), ticks(-5, 0) if log else ticks(min(0, *low), max(0, *high))
-    X = lambda x: f"{50 + 280 * (x - xs[0]) / (xs[-1] - xs[0]):.1f}"
-    Y = lambda y: f"{158 - 148 * (y - ys[0]) / (ys[-1] - ys[0]):.1f}"
-    height = lambda y: Y(math.log10(max(y, 1e-5)) if log else y)
-    path = lambda pairs: "M" + "L".join(f"{X(x)},{height(y)}" for x, y in pairs)
-    text = lambda x, y, anchor, s: f'<text x="{x}" y="{y}" dy="4" text-anchor="{anchor}">{s}</text>'
-    svg, legend = text(330, 188, "end", x_name), ""
-    svg += "".join(text(X(x), 172, "middle", f"{x:.6g}") for x in xs)
-    svg += "".join(text(45, Y(y), "end", f"{10 ** y if log else y:.6g}")
-                   + f'<path d="M50,{Y(y)}H330" stroke="#8884"/>' for y in ys)
-    for name, (colour, dashes, *_), line in lines:
-        pen = f'stroke="{colour}" stroke-dasharray="{dashes}"'
-        band = [(x, y) for x, _, _, y in line] + [(x, y) for x, y, _, _ in reversed(line)]
-        svg += f'<path d="{path(band)}" style="fill: {colour}; fill-opacity: .15"/>'
-        svg += f'<path d="{path((x, y) for x, _, y, _ in line + line[-1:])}" {pen}/>'
-        ends = "" if log else f"{line[0][2]:.4g} → {line[-1][2]:.4g}"
-        legend += f'<br><svg width=28 height=9><path d="M1,5H27" {pen}/></svg> {shown(name)} {ends}'
-    return (f'<section><strong>{shown(title)}</strong><svg viewBox="0 0 346 196">{svg}</svg>'
-            f'{legend}</section>')
-
-
-def token_html(text, quadrant, p, H, A, A_CA, rho, clipped):
-    """A token, shaded by entropy, underlined by quadrant, its numbers on hover, tap and focus."""
-    q, tab = QUADRANTS[quadrant - 1], 0 if quadrant in (1, 4) else -1   # Tab: to the next fork
-    return (f'<a class="{q}" tabindex="{tab}" style="--h: {.5 - math.exp(-H) / 2:.2f}" data-t="'
-            f'{q}, p {p:.3f}, H {H:.3f} nats, A {A:+.3f}, A^CA {A_CA:+.3f}, rho {rho:.3f}, '
-            f'{"clipped" if clipped else "not clipped"}">{shown(text) or "∅"}</a>')
-
-
-def report(runs, responses=(), histogram=((), ())):
-    """The page on runs {label: [rows of metrics.jsonl of one seed, ...]}; responses [(title, [token
-    arguments])]; histogram, two lists of shares: tokens of wrong and of right responses by H."""
-    title = "eapo: " + shown(", ".join(runs))
-    page = [f"{HEAD}<title>{title}</title><h1>{title}</h1>Lines: means over seeds. Bands: lowest "
-            "to highest seed, or the 95% interval of one seed's avg@k. Numbers: first → last."
-            "<h2>Curves</h2><div>"]
-    curves = {key: f"Held out, {key.removeprefix('eval/')}" for seeds in runs.values()
-              for rows in seeds for row in rows for key in row if "@" in key}
-    for key, name in {**curves, "solve_rate": "Solve rate in training", "entropy": "Entropy, nats",
-                      "response_length": "Response length, tokens",
-                      "information": "Ihat (14), nats"}.items():
-        page += [chart(name, {label: (pen, seeds, key) for (label, seeds), pen in
-                              zip(runs.items(), PENS * len(runs))})]
-    for label, seeds in runs.items():
-        page += [f"</div><h2>Quadrants, {shown(label)}</h2><div>", *(
-            chart(name, {q: (pen, seeds, f"{key}/{q}") for q, pen in MARKS.items()})
-            for key, name in (("tokens", "Share of tokens"), ("advantage", "Share of sum |A^CA|"),
-                              ("entropy", "Share of sum of H"), ("drift", "Drift of H, nats")))]
-    rows = [dict(step=k / 8, wrong=w, right=r) for k, (w, r) in enumerate(zip(*histogram))]
-    page += ["</div><h2>Token microscope</h2><div>", chart("Share of tokens, log scale", {
-        side: (MARKS[q], [rows], side) for side, q in (("right", "PHR"), ("wrong", "NHR"))},
-        "H of the token, nats", log=True), "</div>shade: H of", *(
-        f' <a style="--h: {.5 - math.exp(-H) / 2}">&nbsp;{H}&nbsp;</a>' for H in (0, .1, .7, 2)),
-        " nats", *(f'<br><a class="{q}">{q}</a> {m[3]}' for q, m in MARKS.items())]
-    for summary, tokens in responses:
-        page += [f"<details open><summary>{shown(summary)}</summary><pre>",
-                 *(token_html(*t) for t in tokens), "</pre></details>"]
-    return "".join(page)
-
-
-def compare(folders):
-    """{label: [rows of a run, ...]}: runs that differ only in seed and out share a label."""
-    found, runs = {}, {}
-    for folder in map(os.path.abspath, folders):
-        with using(f"{folder} (name folders of runs)"):
-            with open(f"{folder}/config.json") as f, open(f"{folder}/metrics.jsonl") as g:
-                found[folder] = json.load(f), [json.loads(line) for line in g]
-    apart = [f.name for f in fields(Config) if f.name not in {"seed", "out", *MAY_CHANGE}
-             and len({str(config.get(f.name)) for config, _ in found.values()}) > 1]
-    for folder, (config, rows) in found.items():
-        label = ", ".join(f"{name} {config[name]}" for name in apart
-                          if config.get(name) not in ("", None))
-        runs.setdefault(label or os.path.basename([*found][0]), []).append(rows)
-    return runs
-
-
-@torch.no_grad()
-def write_report(run, batch, histogram):
-    """report.html of a run, with two right and two wrong responses of a kept group of the last step
-    under the microscope: as drawn, and as likely as the update has left their tokens (rho)."""
-    cfg, group = run.cfg, batch.kept.nonzero()[:run.cfg.group_size, 0]
-    rows = torch.cat([group[batch.right[group] == verdict][:2] for verdict in (True, False)])
-    few, after = batch.rows(rows), batch.rows(rows)
-    rescore(run, after, cfg.temperature)
-    rho, credit, responses = (after.logp - few.logp).exp(), few.credit, []              # (4, T)
-    clipped = surrogate(rho, credit, cfg.clip_low, cfg.clip_high, cfg.clip_c) != rho * credit
-    A = few.advantage[:, None].expand(rho.shape)
-    columns = few.quadrant, few.logp.exp(), few.H, A, credit, rho, clipped
-    for i, numbers in enumerate(zip(*(x.tolist() for x in columns))):
-        prompt = run.tokenizer.decode(few.ids[i, :int(few.prompt_len[i])])
-        tokens = [run.tokenizer.decode([t]) for t in few.response(i)]
-        verdict = "right ✓" if few.right[i] else "wrong ✗"
-        responses += [(f"{prompt} {verdict}, reward {few.reward[i]:+g}", zip(tokens, *numbers))]
-    shares = (histogram / histogram.sum(1, keepdim=True).clamp(min=1)).tolist()
-    page = report({os.path.basename(run.out): [run.rows]}, responses, shares)
+        path = f"{run.out}/{name}"
+        lines = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n")]  # the last may be half
+        rows = [json.loads(line) for line in lines]
+        kept[name] = [row for row in rows if row["step"] <= run.done]
+    run.history = kept["metrics.jsonl"]
+    run.world.gather(None)                              # all have read
     if run.world.rank == 0:
-        replace_file(f"{run.out}/report.html", page)
+        for name, rows in kept.items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            replace_file(f"{run.out}/{name}", text)
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 10. The loop: try, mark, compare, learn, look; and the command line.
+# Appendix D. The command line.
 # --------------------------------------------------------------------------------------------------
 
-def log(run, step, metrics):
-    """Add a step to run.rows and metrics.jsonl; say of the first what may spoil all others."""
-    run.rows.append({"step": step, **metrics})
-    if run.world.rank == 0:
-        with open(f"{run.out}/metrics.jsonl", "a") as f:
-            f.write(json.dumps(run.rows[-1]) + "\n")
-    if step == 1 and metrics["truncated"] > 0.5:
-        run.world.print("warning: most responses were cut at --max-response-tokens: raise it, or "
-                        "see whether the stop tokens above are the model's")
-    if step == 1 and metrics["grad_norm"] == 0:
-        run.world.print("warning: nothing was learned: no group had right and wrong responses, or "
-                        "--quadrants left no token its credit; a longer warm-up may help")
-    if step == 1 and metrics["sampler_gap"] > 0.1:
-        run.world.print(f"warning: sampler and policy disagree by {metrics['sampler_gap']} nats a "
-                        "token: what is trained is not what samples")
+def split_names(text):
+    """"PHR, NHR" -> ["PHR", "NHR"]"""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def open_run(cfg):
-    """The Run of a Config: its folder, model and exams."""
-    world = World(cfg)
-    out = open_folder(cfg, world)
-    if cfg.model != "tiny":
-        plan(cfg, world, out)
-    run = load(cfg, world, out)
-    for source in filter(None, map(str.strip, cfg.eval_data.split(","))):
-        name = os.path.basename(source)         # MATH-500 for HuggingFaceH4/MATH-500, a for a.jsonl
-        name = os.path.splitext(name)[0] if os.path.isfile(source) else name.replace(":", "-")
-        need(name not in run.exams, f"--eval-data has two sets {name}: rename a file")
-        if cfg.eval_every or cfg.eval_only:
-            run.exams[name] = load_problems(run, source, "exam")
-    return run
+def check_settings(cfg):
+    """Reject impossible settings and say how to mend them."""
+    require(cfg.method in CREDIT_RULES,
+            f"no method is called {cfg.method}, only {', '.join(CREDIT_RULES)}")
+    require(cfg.loss_mean in ("tokens", "group"), "--loss-mean is tokens or group")
+    require(cfg.group_size > 1, "a group of one has no mean to beat: use --group-size 2 or more")
+    require(0 <= cfg.alpha < cfg.phi,
+            "--alpha must lie from 0 to below --phi, or (7) could turn the sign of an advantage")
+    for name in split_names(cfg.quadrants) + split_names(cfg.without):
+        require(name in QUADRANTS, f"no quadrant is called {name}, only {', '.join(QUADRANTS)}")
+    require(not cfg.without or cfg.method == "eapo", "--without is for --method eapo")
+
+    at_least_1 = ("prompts_per_step", "prompts_per_minibatch", "eval_samples", "max_prompt_tokens",
+                  "max_response_tokens")
+    at_least_0 = ("seed", "save_every", "warmup_steps", "warmup_learning_rate", "steps",
+                  "microbatch_tokens", "resample", "clip_low", "clip_high", "learning_rate",
+                  "eval_every", "eval_temperature", "gpus")
+    for lowest, names in ((1, at_least_1), (0, at_least_0)):
+        for name in names:
+            require(getattr(cfg, name) >= lowest, f"{flag_name(name)} must be {lowest} or more")
+    require(cfg.temperature > 0, "--temperature must be above 0")
+    for name in ("top_p", "eval_top_p"):
+        require(0 < getattr(cfg, name) <= 1, f"{flag_name(name)} must be above 0 and at most 1")
+    require(0 <= cfg.overlong < 1, "--overlong is a share, from 0 to below 1")
+    require(cfg.clip_c == 0 or cfg.clip_c > 1 + cfg.clip_high, "--clip-c must lie above "
+            "1 + clip_high, outside the clip of (2), or be 0 for off")
+    require(cfg.warmup_data or cfg.warmup_steps == 0, "--warmup-steps needs --warmup-data")
 
 
-def begin(run, optimizer, stream):
-    """Load the last checkpoint, or imitate and sit the first exam -> the steps already done."""
-    doctor(run, stream.problems)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.world.on_signal)
-    if run.cfg.resume:
-        return load_checkpoint(run, optimizer, stream)
-    if run.cfg.warmup_steps:
-        imitate(run, load_problems(run, run.cfg.warmup_data, "warmup"))
-        if run.world.asked_to_stop():
-            run.world.print("stopped in the warm-up, which cannot be resumed")
-            raise SystemExit
-    log(run, 0, exam(run, 0))
-    return 0
-
-
-def train(cfg):
-    """Warm up if asked, then RL by cfg.method. All that a run leaves is in its folder."""
-    run = open_run(cfg)
-    if cfg.eval_only:
-        doctor(run, sum(run.exams.values(), []))
-        log(run, 0, exam(run, 0))
-        return run.world.print(f"all is in {run.out}")
-    stream = Stream(load_problems(run, cfg.train_data, "train"), cfg.seed)
-    optimizer = torch.optim.AdamW(run.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0,
-                                  fused=True)
-    done = begin(run, optimizer, stream)
-    bar, stop = run.world.bar(range(done + 1, cfg.steps + 1), cfg.method), False
-    for step in bar:
-        start, run.clock = time.perf_counter(), Counter()
-
-        # Try, mark: answer each problem G times; +1 if the boxed answer is right, else -1.
-        batch = roll_out(run, stream)
-
-        # Compare: credit each response against its group; EAPO then each token by its entropy.
-        give_credit(run, batch)                                                         # (1), (7)
-
-        # Learn: a gradient step on the clipped loss for each mini-batch of the kept groups.
-        with run.timed("update"):
-            run.empty_sampler()
-            updates = [learn(run, optimizer, mini) for mini in mini_batches(run, batch)]    # (2)
-
-        # Look: watch the reward; the loss of a policy gradient does not measure progress.
-        metrics, histogram = measure(run, batch, updates, start)
-        bar.set_postfix_str("reward {reward:+.2f}, entropy {entropy:.3f} nats, "
-                            "{tokens_per_second:.0f} tokens/s".format(**metrics), refresh=False)
-        stop = run.world.asked_to_stop() and step < cfg.steps
-        last = stop or step == cfg.steps
-        due = lambda every: every and (last or step % every == 0)
-        log(run, step, metrics | (exam(run, step) if due(cfg.eval_every) and not stop else {}))
-        if due(cfg.save_every) or last and (stop or cfg.resume):
-            save_checkpoint(run, optimizer, stream, step)
-        if due(cfg.eval_every) or last:
-            write_report(run, batch, histogram)
-        if stop:
-            break
-    save_model(run)
-    n = len(run.exams)
-    run.world.print("\n", "\n".join(run.lines[:n] + run.lines[n:][-n:]), "\n")
-    run.world.print(f"{'stopped; go on with --resume' if stop else 'all is in'} {run.out}")
-
-
-def check(c):
-    """Refuse settings that cannot work, each with its remedy."""
-    unknown = [x for x in f"{c.quadrants},{c.without}".split(",") if x and x not in QUADRANTS]
-    sizes = (c.prompts_per_step, c.prompts_per_minibatch, c.eval_samples,
-             c.max_prompt_tokens, c.max_response_tokens)
-    need(c.group_size > 1, "a group of one has no mean to beat: use --group-size 2 or more")
-    need(0 <= c.alpha < c.phi,
-         "--alpha must lie from 0 to below --phi, or (7) could turn the sign of an advantage")
-    need(not unknown, f"no quadrant is called {', '.join(unknown)}, only {', '.join(QUADRANTS)}")
-    need(not c.without or c.method == "eapo", "--without is for --method eapo")
-    need(not c.quadrants or c.method not in ("entroreg", "kl-cov"),
-         f"--quadrants cuts credit, and {c.method} learns without credit too")
-    need(min(sizes) > 0, "numbers of prompts, samples and tokens must be 1 or more")
-    need(min(c.resample, c.steps, c.warmup_steps, c.save_every, c.eval_every, c.gpus, c.seed,
-             c.microbatch_tokens, c.learning_rate, c.warmup_learning_rate, c.clip_low,
-             c.clip_high) >= 0, "steps, rounds, rates, clips, the seed and GPUs: 0 or more")
-    need(c.temperature > 0 <= c.eval_temperature,
-         "--temperature must be above 0, --eval-temperature 0 or more")
-    need(0 < c.top_p <= 1 and 0 < c.eval_top_p <= 1, "--top-p: above 0, at most 1")
-    need(0 <= c.overlong < 1, "--overlong is a share, from 0 to below 1")
-    need(c.clip_c == 0 or c.clip_c > 1 + c.clip_high,
-         "--clip-c must lie above 1 + clip_high, outside the clip of (2), or be 0 for off")
-    need(c.warmup_data or not c.warmup_steps, "--warmup-steps needs --warmup-data")
-    return c
-
-
-MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens"}
+def flag_name(name):
+    return "--" + name.replace("_", "-")
 
 
 def parse_args(argv=None):
-    """Config from the command line: what is typed; else what the method says, else the model's
-    preset, else the default. Of a resumed run: what its config.json says."""
+    """The command line -> Config: what is typed, else the model's preset, else the default."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], usage="%(prog)s [flags]",
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=32, width=100),
-        epilog="Other [defaults] with some models and methods: PRESETS, METHODS in eapo.py, part 1")
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
+        epilog="The defaults in brackets are the paper's; PRESETS in eapo.py lists the models that "
+               "change some, --model tiny among them.")
     for f in fields(Config):
-        if f.metadata["heading"]:
-            group = parser.add_argument_group(f.metadata["heading"])
-        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
-            "type": f.type, "choices": f.metadata["choices"],
-            "metavar": None if f.metadata["choices"] else f.type.__name__.upper()}
-        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how,
-                           help=f.metadata["help"].replace("%", "%%")
-                           + f"  [{f.default}]" * (f.type is not bool and f.default != ""))
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        description = f.metadata["help"].replace("%", "%%")
+        if f.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        else:
+            options = {"type": f.type, "metavar": f.type.__name__.upper()}
+            if f.default != "":
+                description += f"  [{f.default}]"
+        group.add_argument(flag_name(f.name), default=argparse.SUPPRESS, help=description,
+                           **options)
     typed = vars(parser.parse_args(argv))
     if "resume" in typed:
-        path = os.path.join(typed["resume"], "config.json")
-        need(os.path.isfile(path), f"{path}: no such file; --resume takes the folder of a run")
-        with open(path) as file:
-            before = json.load(file)
-        before = {f.name: before.get(f.name, f.default) for f in fields(Config)}
-        before["out"] = typed["resume"]
-        other = {k: v for k, v in typed.items() if k not in MAY_CHANGE and v != before[k]}
-        need(not other, f"{typed['resume']} ran with other settings than {other}; leave them out, "
-                        "or start a new run")
-        return check(Config(**before | typed))
-    model = typed.get("model", "tiny")
-    preset = next((PRESETS[name] for name in PRESETS
-                   if name == model or name != "tiny" and name in model), {})
-    return check(Config(**preset | METHODS[typed.get("method", Config.method)] | typed))
+        return resumed_config(typed)
+    return Config(**preset(typed.get("model", "tiny")) | typed)
+
+
+def preset(model):
+    """The settings that a model changes."""
+    for name, settings in PRESETS.items():
+        if name == model or name != "tiny" and name in model:
+            return settings
+    return {}
+
+
+# Settings that do not change what is learned, and so may differ when a run is resumed.
+MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens"}
+
+
+def resumed_config(typed):
+    """The Config of a run to continue: its own, with the steps and the machine of today."""
+    folder = typed["resume"]
+    path = os.path.join(folder, "config.json")
+    require(os.path.isfile(path), f"{path}: no such file; --resume takes the folder of a run")
+    with open(path) as file:
+        saved = json.load(file)
+    settings = {f.name: saved.get(f.name, f.default) for f in fields(Config)}
+    settings["out"] = folder
+    for name, x in typed.items():
+        require(name in MAY_CHANGE or x == settings[name],
+                f"{folder} ran with {flag_name(name)} {settings.get(name)}, not {x}: leave it out, "
+                "or start a new run")
+    return Config(**settings | typed)
+
+
+def launch_on_all_gpus(cfg, argv):
+    """Start this command again, once per GPU, if there are several and nobody has done so."""
+    there = torch.cuda.device_count()
+    require(cfg.gpus <= there, f"--gpus {cfg.gpus}: this machine has {there}")
+    n = cfg.gpus or there
+    if n <= 1 or cfg.model == "tiny" or "RANK" in os.environ:
+        return
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7200")     # Ctrl-C: end the step
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                str(n)]
+    if argv is None:
+        argv = sys.argv[1:]
+    os.execv(sys.executable, torchrun + [os.path.abspath(__file__)] + argv)
 
 
 def main(argv=None):
-    """python eapo.py [flags]"""
-    need(sys.version_info >= (3, 11) and int(transformers.__version__.partition(".")[0]) >= 5,
-         "needs Python 3.11 or newer, and what pip install -r requirements.txt brings")
-    cfg, n = parse_args(argv), torch.cuda.device_count()
+    """Run a command line -> the Run."""
+    new_enough = int(transformers.__version__.partition(".")[0]) >= 5
+    require(sys.version_info >= (3, 11) and new_enough,
+            "needs Python 3.11 or newer, and what pip install -r requirements.txt brings")
+    cfg = parse_args(argv)
+    launch_on_all_gpus(cfg, argv)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for known in ("`past_key_values` is deprecated", "torch.distributed is disabled"):
-        warnings.filterwarnings("ignore", known)
-    if cfg.compare:
-        path = f"{cfg.out or 'runs'}/report.html"
-        need(not os.path.exists(f"{cfg.out}/config.json"), "--out is a run's folder: name another")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        replace_file(path, report(compare(cfg.compare.split(","))))
-        return print(f"eapo: {path}")
-    need(cfg.gpus <= n, f"--gpus {cfg.gpus}: this machine has {n}")
-    n = cfg.gpus or n
-    if "RANK" not in os.environ and n > 1 and cfg.model != "tiny":
-        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7200")     # Ctrl-C: end the step
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
-        os.execv(sys.executable, [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(n), os.path.abspath(__file__), *(sys.argv[1:] if argv is None else argv)])
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
     if cfg.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(2, os.cpu_count()))       # its matrices are too small for more
+        torch.set_num_threads(min(2, os.cpu_count()))   # its matrices are too small for more
     try:
-        train(cfg)
-    except KeyboardInterrupt:           # later on Ctrl-C ends a step, see on_signal
+        return train(cfg)
+    except KeyboardInterrupt:                           # later on Ctrl-C ends a step: on_signal
         raise SystemExit("\neapo: stopped before the first step; nothing to save") from None
+    except torch.OutOfMemoryError as error:
+        error.add_note("eapo: out of memory. Smaller --microbatch-tokens help in the update, "
+                       "shorter --max-response-tokens everywhere, --offload or more --gpus most")
+        raise
 
 
 if __name__ == "__main__":
