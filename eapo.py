@@ -77,8 +77,6 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,6 +149,8 @@ class Config:
     offload: bool = flag(False, "keep weights, gradients and moments in host memory")
 
     def __post_init__(self):
+        if self.eval_only:
+            self.steps = self.warmup_steps = 0
         check_settings(self)
 
 
@@ -331,22 +331,23 @@ def token_weights(mask, group_size, loss_mean):
 # --------------------------------------------------------------------------------------------------
 
 def train(cfg):
-    """Reinforcement learning with verifiable rewards -> the Run, whose folder holds all it leaves.
-
-    A supervised warm-up comes first, if the settings ask for one.
-    """
+    """Reinforcement learning with verifiable rewards -> the Run. All it leaves is in its folder."""
     run = open_run(cfg)
     world = run.world           # the processes: one per GPU, each with a share of the work
     policy = run.policy         # pi_theta
+    clips = (cfg.clip_low, cfg.clip_high, cfg.clip_c)
     if cfg.resume:
         load_checkpoint(run)
     else:
-        warm_up(run)
+        warm_up(run)            # supervised, and only if the settings ask for it
         run.log(0, evaluate(run, step=0))
 
-    for step in run.steps():
+    bar = world.bar(range(run.done + 1, cfg.steps + 1), cfg.method)
+    for step in bar:
+        world.start_clock()
+
         # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
-        # The batch remembers the log-probability and entropy of every token as they are now: pi_old.
+        # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
 
         # Credit each response against its group, and then each token by its entropy (or by another
@@ -357,32 +358,36 @@ def train(cfg):
         # Update: one optimizer step on (2) for each mini-batch. A mini-batch may not fit in memory,
         # so its gradient is summed over micro-batches.
         world.begin("update")
-        sums = Counter()
+        sums = Counter()        # for the metrics
         for mini in mini_batches(run, batch):
             mini.weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)
             total = world.sum(mini.weight.sum())        # over all processes, before any backward
             for micro in micro_batches(run, mini):
                 logp, _ = policy(micro, cfg.temperature)                        # (n, T)
-                clips = (cfg.clip_low, cfg.clip_high, cfg.clip_c)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight / total, *clips)
                 (loss * world.size).backward()          # FSDP averages over processes: undo that
                 sums["loss"] += float(loss.detach())
                 sums["clipped"] += int(clipped_tokens(logp, micro.old_logp, micro.credit,
                                                       *clips).sum())
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
-            sums["grad_norm"] += require_finite(run, norm)
+            sums["grad_norm"] += finite(world, norm)    # or the run ends here
+            sums["updates"] += 1
             run.optimizer.step()
             run.optimizer.zero_grad()
-            sums["updates"] += 1
 
-        # Watch the solve rate. The loss of a policy gradient does not measure progress: its value
-        # is near 0 by construction, and only its gradient means something.
+        # Evaluate, and save. Watch the solve rate: the loss of a policy gradient does not measure
+        # progress, its value is near 0 by construction and only its gradient means something.
         metrics = measure(run, batch, sums)
-        if run.evaluation_is_due(step):
+        bar.set_postfix_str(f"solve rate {metrics['solve_rate']:.2f}, entropy "
+                            f"{metrics['entropy']:.3f} nats", refresh=False)
+        run.stopped = world.asked_to_stop() and step < cfg.steps        # by Ctrl-C, for example
+        if run.is_due(step, cfg.eval_every) and not run.stopped:
             metrics |= evaluate(run, step)
         run.log(step, metrics)
-        if run.checkpoint_is_due(step):
+        if run.is_due(step, cfg.save_every) or run.stopped or cfg.resume and step == cfg.steps:
             save_checkpoint(run, step)
+        if run.stopped:
+            break
 
     close_run(run)
     return run
@@ -454,7 +459,7 @@ CREDIT_RULES = {
 
 @dataclass
 class Run:
-    """What the parts of a run share, and when something is due."""
+    """What the parts of a run share."""
     cfg: Config
     world: object               # the processes, Appendix B
     out: str                    # folder of the run
@@ -463,51 +468,23 @@ class Run:
     stop_ids: list              # a response ends with one of these, the tokenizer's own first
     sampler: object             # the model that samples: the policy's own, or a whole copy of it
     optimizer: object = None
-    stream: object = None                                   # the training problems, part 6
-    eval_sets: dict = field(default_factory=dict)           # {name: problems}
-    history: list = field(default_factory=list)             # the rows of metrics.jsonl
-    results: list = field(default_factory=list)             # of evaluations, as printed
-    done: int = 0               # steps
-    stopping: bool = False      # a signal asked for an end
-    bar: object = None          # the progress bar over steps
-
-    def steps(self):
-        """The numbers of the steps still to be done, until all are or a signal asks for an end."""
-        last = 0 if self.cfg.eval_only else self.cfg.steps
-        self.bar = self.world.bar(range(self.done + 1, last + 1), self.cfg.method)
-        for step in self.bar:
-            self.world.start_clock()
-            yield step
-            self.done = step
-            if self.stopping:
-                break
+    stream: object = None                               # the training problems, part 6
+    eval_sets: dict = field(default_factory=dict)       # {name: problems}
+    history: list = field(default_factory=list)         # the rows of metrics.jsonl
+    results: list = field(default_factory=list)         # of evaluations, as printed
+    done: int = 0               # steps of the checkpoint that the run goes on from
+    stopped: bool = False       # by a signal
 
     def is_due(self, step, every):
-        """Whether something is due that is done every so many steps and after the last."""
+        """Whether it is time for what is done every so many steps (0: never) and after the last."""
         return every > 0 and (step % every == 0 or step == self.cfg.steps)
 
-    def evaluation_is_due(self, step):
-        self.check_signals(step)
-        return self.is_due(step, self.cfg.eval_every) and not self.stopping
-
-    def checkpoint_is_due(self, step):
-        self.check_signals(step)
-        resumed_run_ends = self.cfg.resume and step == self.cfg.steps
-        return self.is_due(step, self.cfg.save_every) or self.stopping or resumed_run_ends
-
-    def check_signals(self, step):
-        self.stopping = self.world.asked_to_stop() and step < self.cfg.steps
-
     def log(self, step, metrics):
-        """Add a step to history and metrics.jsonl, and warn of what spoils all other steps."""
+        """Add a step to history and metrics.jsonl; after the first, warn of what spoils them all."""
         self.history.append({"step": step, **metrics})
         if self.world.rank == 0:
-            with open(f"{self.out}/metrics.jsonl", "a") as f:
-                f.write(json.dumps(self.history[-1]) + "\n")
-        if step > 0:
-            self.bar.set_postfix_str(
-                f"solve rate {metrics['solve_rate']:.2f}, entropy {metrics['entropy']:.3f} nats, "
-                f"{metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
+            with open(f"{self.out}/metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
         if step == 1:
             warn_of_first_step(self, metrics)
 
@@ -631,7 +608,10 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     mine = world.share(numbered)
     prompts = [problem.ids for _, problem in mine]
     seeds = [crc32(f"{run.cfg.seed} {name} {number}".encode()) for number, _ in mine]
-    batch = generate_all(run, prompts, samples, temperature, top_p, seeds)
+    lm = fill_sampler(run)
+    longest = max((len(prompt) for prompt in prompts), default=0) + run.cfg.max_response_tokens
+    batch = generate(lm, prompts, samples, run.cfg.max_response_tokens, temperature, top_p,
+                     run.stop_ids, seeds, slots_that_fit(lm, longest, world.free_memory()))
 
     # The loss compares pi_theta with pi_old, so both must come from the same computation. A bf16
     # copy with a KV cache rounds differently from the policy, which therefore scores the responses.
@@ -691,104 +671,169 @@ def score(run, batch, temperature):
         batch.H[rows, :t] = H.cpu()
 
 
-def generate_all(run, prompts, samples, temperature, top_p, seeds):
-    """Several responses to each prompt -> a Batch; as many prompts at a time as memory holds."""
-    cfg = run.cfg
-    lm = fill_sampler(run)
-    longest = max((len(prompt) for prompt in prompts), default=0) + cfg.max_response_tokens
-    groups = groups_at_once(lm, longest, samples, run.world.free_memory())
-    nothing = make_batch([], [])
-    nothing.old_logp = nothing.H = torch.zeros(0, 0)
-    nothing.ended = torch.zeros(0, dtype=torch.bool)
-    batches = [nothing]
-    for i in run.world.bar(range(0, len(prompts), groups), "sampling", least=5, leave=False):
-        batches.append(generate(lm, prompts[i:i + groups], samples, cfg.max_response_tokens,
-                                temperature, top_p, run.stop_ids, seeds[i:i + groups]))
-    return concatenate(batches)
-
-
-class RoomyLayer(transformers.cache_utils.DynamicLayer):
-    """One layer's KV cache: keys and values of the prompts, (B, heads, P, d), then repeated for the
-    G tries, with room for all tokens to come: else each new one would copy the whole cache."""
-    used = 0                                            # tokens
-
-    def get_seq_length(self):
-        return self.used
-
-    def make_room(self, group_size, tokens):
-        self.keys, self.values = (
-            torch.nn.functional.pad(x.repeat_interleave(group_size, 0), (0, 0, 0, tokens))
-            for x in (self.keys, self.values))
-
-    def update(self, keys, values, *args, **kwargs):
-        old, self.used = self.used, self.used + keys.shape[2]
-        if old == 0:
-            return super().update(keys, values)
-        self.keys[:, :, old:self.used], self.values[:, :, old:self.used] = keys, values
-        return self.keys[:, :, :self.used], self.values[:, :, :self.used]
-
-
-def attention_of_one_token(module, q, k, v, mask, scaling=None, **how):
-    """softmax(q k / sqrt(d)) v  for the newest token of each row; all else goes to torch's sdpa.
-    q (rows, heads, 1, d), k and v (rows, fewer heads, S, d): a key serves several query heads,
-    which take the place of positions here. sdpa, given a mask, would copy a key for each of them.
-    """
-    rows, heads, n, d = q.shape
-    if n > 1:
-        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **how)
-    scores = (q.view(rows, k.shape[1], -1, d) @ k.transpose(2, 3)).float() * scaling
-    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)   # (rows, .., .., S)
-    return (scores.softmax(-1).to(v.dtype) @ v).view(rows, 1, heads, d), None
-
-
-transformers.AttentionInterface.register("one token", attention_of_one_token)       # see `load`
-transformers.AttentionMaskInterface.register("one token", sdpa_mask)
-
+# ---- Sampling with slots: continuous batching, as in inference engines such as vLLM. -------------
+#
+# A row of the KV cache is a slot, and holds one response while it is written. Responses differ much
+# in length, and a batch that waits for its longest one leaves most of its rows idle. So, as soon as
+# G slots are free, the next prompt is read (prefill) and its G responses start in them, while the
+# other slots go on where they are. Every decode step adds one token to each slot.
+#
+#     slot 0   p p p p r r r |        p   key and value of a prompt token
+#     slot 1   p p p p r r r |        r   of a response token
+#     slot 2   p p r r r r r r r |    |   `place`: where the next decode step writes
+#     slot 3   . . . . . . .          .   left over from an earlier response, never looked at
 
 @torch.no_grad()
-def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds):
-    """G responses to each prompt -> a Batch of N rows: decoding, written out."""
-    device, P, stop = lm.device, max(map(len, prompts)), torch.tensor(stop_ids, device=lm.device)
-    ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)       # (B, P)
-    seen = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
-    u = torch.cat([torch.rand(group_size, max_tokens, generator=torch.Generator().manual_seed(s))
-                   for s in seeds]).to(device)                                         # (N, max)
-    tokens, length = torch.zeros_like(u, dtype=torch.long), u.new_zeros(len(u), dtype=torch.long)
-    (logp, H), row = torch.zeros(2, *u.shape, device=device), torch.arange(len(u), device=device)
-    cache, writes = transformers.Cache(layer_class_to_replicate=RoomyLayer), row >= 0  # (rows,)
-    new, position = ids, (seen.cumsum(1) - 1).clamp(min=0)
-    for t in range(max_tokens):
-        logits = lm(new, attention_mask=seen, position_ids=position, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1).logits[:, -1]                    # (rows, V)
-        if t == 0:
+def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds,
+             slots_at_most=512):
+    """G responses to each prompt -> a Batch of N rows with old_logp, H and ended.
+
+    A token is drawn with a random number that depends on its prompt's seed, its try and its place
+    alone, so responses depend neither on the number of slots or processes nor on one another.
+    """
+    device = lm.device
+    G = group_size
+    N = len(prompts) * G
+    slots = min(N, max(1, slots_at_most // G) * G)
+    room = max((len(prompt) for prompt in prompts), default=0) + max_tokens
+    stop = torch.tensor(stop_ids, device=device)
+
+    # What is kept of each response. Row N is scrap paper for idle slots, which are computed like
+    # the others, because every decode step has the same shapes.
+    tokens = torch.zeros(N + 1, max_tokens, dtype=torch.long, device=device)
+    logp = torch.zeros(N + 1, max_tokens, device=device)
+    H = torch.zeros(N + 1, max_tokens, device=device)
+    length = torch.zeros(N + 1, dtype=torch.long, device=device)
+    u = torch.zeros(N + 1, max_tokens)                                          # random numbers
+    for rows, seed in zip(u.split(G), seeds):
+        rows.uniform_(generator=torch.Generator().manual_seed(seed))
+    u = u.to(device)
+
+    # What each slot is doing.
+    response = torch.full((slots,), N, device=device)   # the row above that it fills; N: idle
+    t = torch.zeros(slots, dtype=torch.long, device=device)         # tokens in that row so far
+    newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next, and
+    place = torch.zeros(slots, dtype=torch.long, device=device)     # where it stands in the slot
+    cache = transformers.Cache(layers=[])
+
+    waiting = list(range(len(prompts)))
+    while waiting or (response < N).any():
+        # Prefill. It gives no logits: the first decode step reads the last prompt token again,
+        # writes the same key and value, and draws from there.
+        free = (response == N).nonzero()[:, 0]
+        n = min(len(free) // G, len(waiting))
+        if n > 0:
+            new = waiting[:n]
+            waiting = waiting[n:]
+            prefill(lm, [prompts[i] for i in new], G, cache, free[:n * G], slots, room)
+            for i, group in zip(new, free.split(G)):
+                response[group] = torch.arange(i * G, (i + 1) * G, device=device)
+                newest[group] = prompts[i][-1]
+                place[group] = len(prompts[i]) - 1
+
+        # When nothing waits any more, give up idle slots; not one by one, for it copies the cache.
+        busy = (response < N).nonzero()[:, 0]
+        if not waiting and len(busy) <= 0.8 * len(response):
+            response, t, newest, place = response[busy], t[busy], newest[busy], place[busy]
             for layer in cache.layers:
-                layer.make_room(group_size, max_tokens)
-            logits, seen = (x.repeat_interleave(group_size, 0) for x in (logits, seen))
-        token = draw(logits, u[row, t], temperature, top_p)                            # (rows,)
-        tokens[row, t], length[row[writes]] = token, t + 1
-        logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
-        writes = writes & ~torch.isin(token, stop)
-        if not writes.any():
-            break
-        if writes.sum() <= 0.8 * len(writes):       # not sooner: each time the cache is copied
-            cache.batch_select_indices(writes.nonzero()[:, 0])
-            row, token, seen, writes = (x[writes] for x in (row, token, seen, writes))
-        new, position = token[:, None], seen.sum(1, keepdim=True)                      # (rows, 1)
-        seen = torch.cat([seen, torch.ones_like(position)], 1)
-    responses = [x[:n] for x, n in zip(tokens.tolist(), length.tolist())]
-    batch = make_batch([p for p in prompts for _ in range(group_size)], responses)
-    logp, H = (torch.where(batch.mask, x.cpu()[:, :batch.mask.shape[1]], 0) for x in (logp, H))
-    ended = torch.isin(tokens.gather(1, length[:, None] - 1)[:, 0], stop)              # (N,)
-    return replace(batch, old_logp=logp, H=H, ended=ended.cpu())
+                layer.keys = layer.keys[busy]
+                layer.values = layer.values[busy]
+
+        # Decode: one more token in every slot. (On a GPU, Python's launches of kernels take most of
+        # the time of this step; recording it as a CUDA graph would belong here.)
+        width = int(place.max()) + 1                    # no slot is filled further
+        for layer in cache.layers:
+            layer.place = place
+            layer.width = width
+        logits = lm(newest[:, None], attention_mask=decode_mask(lm.config, place, width),
+                    position_ids=place[:, None], past_key_values=cache).logits[:, -1]
+        token = draw(logits, u[response, t], temperature, top_p)                # (slots,)
+        tokens[response, t] = token
+        logp[response, t], H[response, t] = log_prob_and_entropy(logits, token, temperature)
+        length[response] = t + 1
+
+        newest = token
+        place = place + 1
+        t = t + 1
+        over = torch.isin(token, stop) | (t == max_tokens) | (response == N)
+        response = response.masked_fill(over, N)
+        place = place.masked_fill(over, 0)              # an idle slot stays where it is
+        t = t.masked_fill(over, 0)
+
+    responses = [row[:n] for row, n in zip(tokens.tolist(), length[:N].tolist())]
+    batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
+    T = batch.mask.shape[1]
+    batch.old_logp = logp[:N, :T].cpu() * batch.mask
+    batch.H = H[:N, :T].cpu() * batch.mask
+    batch.ended = torch.tensor([row[-1] in stop_ids for row in responses], dtype=torch.bool)
+    return batch
 
 
-def groups_at_once(lm, tokens, group_size, free):
-    c, width = lm.config, lm.dtype.itemsize
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    cache = 2 * c.num_hidden_layers * heads * head * width * tokens
-    one = group_size * (cache + 40 * c.vocab_size)
-    return max(1, int(min(512 // group_size, 0.8 * free / one)))
+class SlotLayer(transformers.cache_utils.DynamicLayer):
+    """The KV cache of one layer: keys and values, (slots, kv heads, room, d).
+
+    `generate` sets `place` (slots,), where each slot writes next, and `width`, how far any slot is
+    filled; the model calls `update`.
+    """
+
+    def __init__(self, like, slots, room):
+        super().__init__()
+        kv_heads = like.keys.shape[1]
+        self.keys = like.keys.new_zeros(slots, kv_heads, room, like.keys.shape[3])
+        self.values = like.values.new_zeros(slots, kv_heads, room, like.values.shape[3])
+        self.is_initialized = True
+
+    def update(self, keys, values, *args, **kwargs):
+        """The newest token's keys and values, (slots, kv heads, 1, d) -> those of all tokens."""
+        slot = torch.arange(len(self.place), device=self.place.device)
+        self.keys[slot, :, self.place] = keys[:, :, 0]
+        self.values[slot, :, self.place] = values[:, :, 0]
+        return self.keys[:, :, :self.width], self.values[:, :, :self.width]
+
+
+def prefill(lm, prompts, group_size, cache, to, slots, room):
+    """Read n prompts, each once, and copy its keys and values into G slots of `to`, (n * G,)."""
+    # Padded on the right, and no mask: attention is causal, so no token sees the padding behind it,
+    # and decode steps write over the padding before a later token may look there.
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(lm.device)     # (n, P)
+    read = transformers.DynamicCache()
+    lm.get_decoder()(ids, past_key_values=read, use_cache=True)
+    if not cache.layers:
+        cache.layers = [SlotLayer(layer, slots, room) for layer in read.layers]
+    P = ids.shape[1]
+    for mine, theirs in zip(cache.layers, read.layers):
+        mine.keys[to, :, :P] = theirs.keys.repeat_interleave(group_size, dim=0)
+        mine.values[to, :, :P] = theirs.values.repeat_interleave(group_size, dim=0)
+
+
+def decode_mask(config, place, width):
+    """Which places the newest token of each slot attends to.  place (slots,) -> (slots, 1, 1, width)
+
+    All up to its own, and in layers with a sliding window the last few of them. A model with layers
+    of both kinds takes both masks.
+    """
+    age = place[:, None] - torch.arange(width, device=place.device)         # (slots, width) tokens
+    full = (age >= 0)[:, None, None]
+    sliding = full
+    if getattr(config, "sliding_window", None):
+        sliding = full & (age < config.sliding_window)[:, None, None]
+    if config._attn_implementation == "eager":          # which adds the mask to the scores
+        full = torch.where(full, 0, -torch.inf)
+        sliding = torch.where(sliding, 0, -torch.inf)
+    if getattr(config, "layer_types", None):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding
+
+
+def slots_that_fit(lm, room, free_bytes):
+    """How many slots of `room` tokens fit into 4/5 of the free memory, with their logits."""
+    config = lm.config
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kv_cache = 2 * config.num_hidden_layers * kv_heads * d * room * lm.dtype.itemsize
+    logits = 40 * config.vocab_size                     # with what `draw` makes of them: measured
+    return int(min(512, 0.8 * free_bytes / (kv_cache + logits)))
 
 
 def draw(logits, u, temperature, top_p):
@@ -961,9 +1006,9 @@ def micro_batch_rows(run, batch):
     return pieces
 
 
-def require_finite(run, norm):
+def finite(world, norm):
     """The norm of the gradient as a number; nan or infinity ends the run before it does harm."""
-    norm = float(run.world.whole(norm))
+    norm = float(world.whole(norm))
     require(math.isfinite(norm), f"the gradient is {norm}, and the step was not taken. Look at "
             "--learning-rate and at the last lines of metrics.jsonl")
     return norm
@@ -977,7 +1022,7 @@ def warm_up(run):
     """
     cfg = run.cfg
     world = run.world
-    if cfg.warmup_steps == 0 or cfg.eval_only:
+    if cfg.warmup_steps == 0:
         return
     stream = Stream(load_problems(run, cfg.warmup_data, "warmup"), cfg.seed)
     optimizer = new_optimizer(run, cfg.warmup_learning_rate, beta2=0.95)
@@ -997,7 +1042,7 @@ def warm_up(run):
             (loss * world.size).backward()
             loss_sum += float(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), max_norm=1.0)
-        require_finite(run, norm)
+        finite(world, norm)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -1821,7 +1866,7 @@ def close_run(run):
     n = len(run.eval_sets)
     first_and_last = run.results[:n] + run.results[n:][-n:]
     run.world.print("\n" + "\n".join(first_and_last) + "\n")
-    said = "stopped; go on with --resume" if run.stopping else "all is in"
+    said = "stopped; go on with --resume" if run.stopped else "all is in"
     run.world.print(f"{said} {run.out}")
 
 
@@ -1899,8 +1944,6 @@ def load_model(cfg):
     # A hub model's generation config may hold what save_pretrained refuses.
     lm.generation_config = GenerationConfig(eos_token_id=stop_ids)
 
-    if lm.config._attn_implementation == "sdpa":
-        lm.set_attn_implementation("one token")
     check_head(cfg, lm, stop_ids)
     return lm, tokenizer, stop_ids
 
