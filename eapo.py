@@ -44,7 +44,6 @@ import argparse
 import cmath
 import contextlib
 import glob
-import html
 import json
 import math
 import os
@@ -56,7 +55,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -304,7 +303,7 @@ def policy_loss(logp, old_logp, A, weight, clip_low, clip_high, clip_c):
 
 
 def clipped_tokens(logp, old_logp, A, clip_low, clip_high, clip_c):
-    """Where do the clips of `policy_loss` leave a token without a gradient?  (N, T) -> (N, T) bool"""
+    """Where do the clips of `policy_loss` leave a token without a gradient?  -> (N, T) bool"""
     rho = (logp - old_logp).exp()                                               # (N, T)
     clipped = (A > 0) & (rho > 1 + clip_high)
     clipped |= (A < 0) & (rho < 1 - clip_low)
@@ -480,7 +479,7 @@ class Run:
         return every > 0 and (step % every == 0 or step == self.cfg.steps)
 
     def log(self, step, metrics):
-        """Add a step to history and metrics.jsonl; after the first, warn of what spoils them all."""
+        """Add a step to history and metrics.jsonl; after the first, warn of what may be wrong."""
         self.history.append({"step": step, **metrics})
         if self.world.rank == 0:
             with open(f"{self.out}/metrics.jsonl", "a") as file:
@@ -490,8 +489,8 @@ class Run:
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 4. Rollouts: from prompts to a Batch of marked responses, with what pi_old says of every token
-# of them. Each process samples and marks its share of the prompts; then all have the whole batch.
+# Part 4. Rollouts: from prompts to a Batch of marked responses, with log-probability and entropy of
+# all their tokens. Each process samples and marks its share; then all have the whole batch.
 # --------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -603,15 +602,17 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     name: "train" or the name of an evaluation set. The random numbers of a response depend on it,
     on the seed of the run and on the number of the problem, and on nothing else.
     """
+    cfg = run.cfg
     world = run.world
     world.begin("sample")
     mine = world.share(numbered)
     prompts = [problem.ids for _, problem in mine]
-    seeds = [crc32(f"{run.cfg.seed} {name} {number}".encode()) for number, _ in mine]
+    names = [f"{cfg.seed} {name} {number}" for number, _ in mine]
+    seeds = [crc32(text.encode()) for text in names]
     lm = fill_sampler(run)
-    longest = max((len(prompt) for prompt in prompts), default=0) + run.cfg.max_response_tokens
-    batch = generate(lm, prompts, samples, run.cfg.max_response_tokens, temperature, top_p,
-                     run.stop_ids, seeds, slots_that_fit(lm, longest, world.free_memory()))
+    slots = slots_that_fit(lm, cfg, world.free_memory())
+    batch = generate(lm, prompts, samples, cfg.max_response_tokens, temperature, top_p,
+                     run.stop_ids, seeds, slots)
 
     # The loss compares pi_theta with pi_old, so both must come from the same computation. A bf16
     # copy with a KV cache rounds differently from the policy, which therefore scores the responses.
@@ -621,8 +622,7 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     batch.gap = (sampled_logp - batch.old_logp).abs().sum(dim=1)
     world.begin("other")
 
-    numbers = torch.tensor([number for number, _ in mine], dtype=torch.long)
-    batch.number = numbers.repeat_interleave(samples)
+    batch.number = torch.tensor([number for number, _ in mine for _ in range(samples)]).long()
     mark(run, batch, [problem for _, problem in mine for _ in range(samples)])
 
     batch = concatenate(world.gather(batch))            # what all processes sampled
@@ -727,14 +727,17 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
             waiting = waiting[n:]
             prefill(lm, [prompts[i] for i in new], G, cache, free[:n * G], slots, room)
             for i, group in zip(new, free.split(G)):
-                response[group] = torch.arange(i * G, (i + 1) * G, device=device)
+                response[group] = i * G + torch.arange(G, device=device)
                 newest[group] = prompts[i][-1]
                 place[group] = len(prompts[i]) - 1
 
         # When nothing waits any more, give up idle slots; not one by one, for it copies the cache.
         busy = (response < N).nonzero()[:, 0]
         if not waiting and len(busy) <= 0.8 * len(response):
-            response, t, newest, place = response[busy], t[busy], newest[busy], place[busy]
+            response = response[busy]
+            t = t[busy]
+            newest = newest[busy]
+            place = place[busy]
             for layer in cache.layers:
                 layer.keys = layer.keys[busy]
                 layer.values = layer.values[busy]
@@ -745,8 +748,9 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
         for layer in cache.layers:
             layer.place = place
             layer.width = width
-        logits = lm(newest[:, None], attention_mask=decode_mask(lm.config, place, width),
-                    position_ids=place[:, None], past_key_values=cache).logits[:, -1]
+        mask = decode_mask(lm.config, place, width)
+        logits = lm(newest[:, None], attention_mask=mask, position_ids=place[:, None],
+                    past_key_values=cache).logits[:, -1]                        # (slots, V)
         token = draw(logits, u[response, t], temperature, top_p)                # (slots,)
         tokens[response, t] = token
         logp[response, t], H[response, t] = log_prob_and_entropy(logits, token, temperature)
@@ -760,12 +764,15 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
         place = place.masked_fill(over, 0)              # an idle slot stays where it is
         t = t.masked_fill(over, 0)
 
-    responses = [row[:n] for row, n in zip(tokens.tolist(), length[:N].tolist())]
+    # All that was kept, without the scrap row and without what lies behind a response's end.
+    rows = zip(tokens.tolist(), length[:N].tolist())
+    responses = [row[:n] for row, n in rows]
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
-    T = batch.mask.shape[1]
-    batch.old_logp = logp[:N, :T].cpu() * batch.mask
-    batch.H = H[:N, :T].cpu() * batch.mask
-    batch.ended = torch.tensor([row[-1] in stop_ids for row in responses], dtype=torch.bool)
+    mask = batch.mask                                                           # (N, T)
+    T = mask.shape[1]
+    batch.old_logp = logp[:N, :T].cpu() * mask
+    batch.H = H[:N, :T].cpu() * mask
+    batch.ended = torch.tensor([row[-1] in stop_ids for row in responses]).bool()
     return batch
 
 
@@ -808,7 +815,7 @@ def prefill(lm, prompts, group_size, cache, to, slots, room):
 
 
 def decode_mask(config, place, width):
-    """Which places the newest token of each slot attends to.  place (slots,) -> (slots, 1, 1, width)
+    """Which places the newest token of each slot attends to: a mask (slots, 1, 1, width).
 
     All up to its own, and in layers with a sliding window the last few of them. A model with layers
     of both kinds takes both masks.
@@ -826,14 +833,16 @@ def decode_mask(config, place, width):
     return sliding
 
 
-def slots_that_fit(lm, room, free_bytes):
-    """How many slots of `room` tokens fit into 4/5 of the free memory, with their logits."""
+def slots_that_fit(lm, cfg, free_bytes):
+    """How many slots fit into 4/5 of the free memory, with their KV cache and logits."""
     config = lm.config
+    room = cfg.max_prompt_tokens + cfg.max_response_tokens                      # tokens
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    kv_cache = 2 * config.num_hidden_layers * kv_heads * d * room * lm.dtype.itemsize
-    logits = 40 * config.vocab_size                     # with what `draw` makes of them: measured
-    return int(min(512, 0.8 * free_bytes / (kv_cache + logits)))
+    numbers = 2 * config.num_hidden_layers * kv_heads * d * room    # keys and values
+    logits = 40 * config.vocab_size             # bytes, with what `draw` makes of them: measured
+    slot = numbers * lm.dtype.itemsize + logits
+    return int(min(512, 0.8 * free_bytes / slot))
 
 
 def draw(logits, u, temperature, top_p):
@@ -854,7 +863,8 @@ def draw(logits, u, temperature, top_p):
     # In double precision, so that no token with probability 0 has a length. The sum of p is not
     # exactly 1, so u is stretched to it.
     ends = p.double().cumsum(dim=-1)                                            # (rows, V)
-    place = torch.searchsorted(ends, u[:, None] * ends[:, -1:], right=True)     # (rows, 1)
+    point = u[:, None] * ends[:, -1:]                                           # (rows, 1)
+    place = torch.searchsorted(ends, point, right=True)                         # (rows, 1)
     if order is not None:
         place = order.gather(-1, place)
     return place[:, 0]
@@ -868,8 +878,8 @@ def draw(logits, u, temperature, top_p):
 def log_prob_and_entropy(logits, tokens, temperature):
     """log pi(token) and H of pi = softmax(logits / temperature), over the whole vocabulary in fp32.
 
-    logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all come here, so
-    they agree. Temperature 0, which draws greedily, counts as 1. top_p plays no part: tokens are
+    logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all come here,
+    so they agree. Temperature 0, which draws greedily, counts as 1. top_p plays no part: tokens are
     drawn from a truncated pi, but pi_old and rho mean the whole of it, as in verl.
     """
     if temperature == 0:
@@ -888,7 +898,7 @@ class Policy(torch.nn.Module):
         self.lm = lm
 
     def forward(self, batch, temperature):
-        """log pi_theta of every response token, and H before it.  Batch -> (N, T) both, 0 outside"""
+        """log pi_theta of each response token, and H before it.  Batch -> (N, T) both, 0 outside"""
         ids = batch.ids                                                         # (N, L)
         mask = batch.mask                                                       # (N, T)
         if len(ids) == 0:
@@ -905,7 +915,8 @@ class Policy(torch.nn.Module):
         row, t = mask.nonzero(as_tuple=True)                                    # (M,) both
         place = batch.prompt_len[row] + t                                       # (M,)
         head = self.lm.get_output_embeddings().weight                           # (V, D)
-        logp, H = HeadInChunks.apply(hidden[row, place - 1], head, ids[row, place], temperature)
+        logp, H = log_prob_and_entropy_in_chunks(
+            hidden[row, place - 1], head, ids[row, place], temperature)
 
         outside = torch.zeros(mask.shape, device=ids.device)                    # (N, T)
         return outside.index_put((row, t), logp), outside.index_put((row, t), H)
@@ -914,53 +925,24 @@ class Policy(torch.nn.Module):
 LOGITS_AT_ONCE = 2 ** 25        # numbers: 128 MB in fp32
 
 
-class HeadInChunks(torch.autograd.Function):
-    """log pi(token) and H from hidden states (M, D) and the head's weight (V, D), without (M, V).
+def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
+    """The same from hidden states (M, D) and the head's weight (V, D), without an (M, V) matrix.
 
-    The matrix of logits would be the largest thing in training: 4096 tokens at V = 152,064 make
-    2.5 GB in fp32, several times over with gradients. So tokens go through the head a chunk at a
-    time, once in forward and again in backward, and only one chunk of logits exists at once. With
-    z = logits / temperature and p = softmax(z), o the token, backward is
-
-        d log pi(o) / d z_v = [v = o] - p_v             (5): it vanishes as pi(o) goes to 1
-        d H / d z_v         = -p_v (log p_v + H)
+    That matrix would be the largest thing in training: 4096 tokens at V = 152,064 are 2.5 GB of
+    logits, several times over with gradients. So tokens go through the head a chunk at a time, and
+    `checkpoint` keeps nothing of a chunk: backward computes its logits again.
     """
+    def through_head(h, o):
+        return log_prob_and_entropy(h @ head.T, o, temperature)
 
-    @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature):
-        chunk = max(1, LOGITS_AT_ONCE // len(weight))                           # tokens
-        logps = []
-        Hs = []
-        for h, o in zip(hidden.split(chunk), tokens.split(chunk)):
-            logp, H = log_prob_and_entropy(h @ weight.T, o, temperature)
-            logps.append(logp)
-            Hs.append(H)
-        H = torch.cat(Hs)                                                       # (M,)
-        ctx.save_for_backward(hidden, weight, tokens, H)
-        ctx.temperature = temperature
-        ctx.chunk = chunk
-        return torch.cat(logps), H
-
-    @staticmethod
-    def backward(ctx, grad_logp, grad_H):
-        hidden, weight, tokens, H = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
-        for start in range(0, len(tokens), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            z = (hidden[part] @ weight.T).float() / ctx.temperature             # (chunk, V)
-            log_p = z.log_softmax(dim=-1).clamp(min=-1e4)       # -inf times p = 0 would be nan
-            p = log_p.exp()
-
-            # Both formulas, weighted by the gradients that arrive here: first what all tokens of
-            # the vocabulary get, then the 1 of [v = o].
-            grad_z = -p * (grad_logp[part, None] + grad_H[part, None] * (log_p + H[part, None]))
-            grad_z.scatter_add_(1, tokens[part, None], grad_logp[part, None])
-            grad_logits = (grad_z / ctx.temperature).to(weight.dtype)           # (chunk, V)
-
-            grad_hidden[part] = grad_logits @ weight
-            grad_weight.addmm_(grad_logits.T, hidden[part])
-        return grad_hidden, grad_weight, None, None
+    chunk = max(1, LOGITS_AT_ONCE // len(head))                                 # tokens
+    logps = []
+    entropies = []
+    for h, o in zip(hidden.split(chunk), tokens.split(chunk)):
+        logp, H = checkpoint(through_head, h, o, use_reentrant=False, preserve_rng_state=False)
+        logps.append(logp)
+        entropies.append(H)
+    return torch.cat(logps), torch.cat(entropies)                               # (M,) both
 
 
 def mini_batches(run, batch):
@@ -1112,51 +1094,43 @@ def column_addition(a, b, rng):
         9+0=9 7+4=11 1+7=8 5+6=11 \\boxed{11819}        and with the carry  .. 7+4=11 1+7+1=9 ..
 
     Columns run from the right. Whether to write +1 or = is a decision that makes the answer right
-    or wrong; which digit of a column comes first is one that does not matter; all other tokens are
-    routine. A sum that feels big is carried more often: with probability
-    sigmoid((sum - 12.5) / 1.5).
+    or wrong; which digit of a column comes first is one that does not matter; everything else is
+    routine.
     """
     columns = []
     result = ""
     total = 0
     for x, y in zip(reversed(f"{a:04}"), reversed(f"{b:04}")):
-        carry = False
-        if columns:
-            carry = rng.random() < 1 / (1 + math.exp((12.5 - total) / 1.5))
+        # A sum that feels big is carried more often: sigmoid((sum - 12.5) / 1.5).
+        carries = 1 / (1 + math.exp((12.5 - total) / 1.5))
+        carry = bool(columns) and rng.random() < carries
         x, y = rng.sample((x, y), 2)
         total = int(x) + int(y) + carry
-        columns.append(f"{x}+{y}+1={total}" if carry else f"{x}+{y}={total}")
+        plus_one = "+1" if carry else ""
+        columns.append(f"{x}+{y}{plus_one}={total}")
         result = str(total % 10) + result
     return " ".join(columns) + f" \\boxed{{{total}{result[1:]}}}"
 
 
 def addition(split):
-    """Sums of two 4-digit numbers -> [Problem]; split is eval (128), train (8192) or warmup (20800).
-
-    No problem is in two splits.
-    """
-    sizes = {"eval": 128, "train": 8192, "warmup": 20800}
+    """Sums of two 4-digit numbers -> [Problem]. No problem is in two splits."""
     rng = random.Random(0)
-    numbers = rng.sample(range(10 ** 8), sum(sizes.values()))       # each is a pair: aaaabbbb
-    start = 0
-    for name, size in sizes.items():
-        if name == split:
-            break
-        start += size
+    numbers = rng.sample(range(10 ** 8), 128 + 8192 + 20800)    # aaaabbbb stands for aaaa+bbbb
+    parts = {"eval": numbers[:128], "train": numbers[128:8320], "warmup": numbers[8320:]}
     problems = []
-    for number in numbers[start:start + size]:
+    for number in parts[split]:
         a, b = divmod(number, 10 ** 4)
-        solution = column_addition(a, b, rng)
-        problems.append(Problem(f"{a:04}+{b:04}=", str(a + b), solution))
+        problem = Problem(f"{a:04}+{b:04}=", answer=str(a + b))
+        problem.solution = column_addition(a, b, rng)
+        problems.append(problem)
     return problems
 
 
-# A task of your own is a function like `addition`, with its name here. Its problems bring their
-# worked solutions for the warm-up and, if the verifier does not suit them, a check of their own.
+# A task of your own is a function like `addition`, and its name here. Its problems bring worked
+# solutions for the warm-up and, if the verifier does not suit them, a check of their own.
 TASKS = {"addition": addition}
 
-
-COLUMNS = {         # what a column may be called; the first name wins
+COLUMNS = {         # what a column may be called; its own name wins
     "problem": ("problem", "question", "prompt"),
     "answer": ("answer", "ground_truth", "solution"),
     "solution": ("solution", "response", "completion"),
@@ -1166,7 +1140,7 @@ COLUMNS = {         # what a column may be called; the first name wins
 def load_problems(run, source, split):
     """The problems of a task, a file or a hub data set, with their prompts as tokens.
 
-    split: train, eval or warmup, whose problems have a solution instead of an answer.
+    split: train, eval, or warmup, whose problems have a solution instead of an answer.
     """
     if source in TASKS:
         problems = TASKS[source](split)
@@ -1181,30 +1155,28 @@ def load_problems(run, source, split):
     short = [problem for problem in problems if len(problem.ids) <= limit]
     require(short, f"{source}: no prompt is within --max-prompt-tokens {limit}")
     if len(short) < len(problems):
-        run.world.print(f"{source}: {len(problems) - len(short)} of {len(problems)} prompts are "
-                        f"longer than --max-prompt-tokens {limit} and left out")
+        run.world.print(f"{source}: {len(problems) - len(short)} of {len(problems)} prompts left "
+                        f"out, longer than --max-prompt-tokens {limit}")
     return short
 
 
 def problems_from_rows(source, rows, wanted):
-    """Rows of a table -> [Problem] with the problem and `wanted`, its answer or its solution."""
+    """Rows of a table -> [Problem] with the problem and `wanted`: its answer or its solution."""
     require(rows, f"{source}: no rows")
     columns = {}
     for role in ("problem", wanted):
         names = [name for name in COLUMNS[role] if name in rows[0]]
-        require(names and (len(names) == 1 or names[0] == role),
-                f"{source} has the columns {', '.join(rows[0])}: which is the {role}? Rename it to "
-                f"{role}")
+        require(names[:1] == [role] or len(names) == 1, f"{source} has the columns "
+                f"{', '.join(rows[0])}: which is the {role}? Rename it to {role}")
         columns[role] = names[0]
-
     problems = []
     for n, row in enumerate(rows, 1):
-        fields_of_row = {role: row.get(name) for role, name in columns.items()}
-        empty = [role for role, x in fields_of_row.items() if x in (None, "", [])]
-        require(not empty, f"{source}, row {n}: the {' and the '.join(empty)} is empty")
-        require(not isinstance(fields_of_row["problem"], (list, dict)),
+        values = {role: row.get(name) for role, name in columns.items()}
+        for role, value in values.items():
+            require(value not in (None, "", []), f"{source}, row {n}: the {role} is empty")
+        require(not isinstance(values["problem"], (list, dict)),
                 f"{source}, row {n}: the problem must be text; the chat template is added here")
-        problems.append(Problem(**fields_of_row))
+        problems.append(Problem(**values))
     return problems
 
 
@@ -1215,20 +1187,9 @@ def read_rows(source, split):
         return read_json_lines(source)
     if kind in ("csv", "parquet"):
         return list(datasets.load_dataset(kind, data_files=source, split="train"))
-
     name, _, named_split = source.partition(":")
-    there = datasets.get_dataset_split_names(name)
-    if named_split:
-        wanted = [named_split]
-    elif len(there) == 1:
-        wanted = there
-    elif split == "eval":
-        wanted = ["test", "train"]
-    else:
-        wanted = ["train"]
-    found = [part for part in wanted if part in there]
-    require(found, f"{source} has the splits {', '.join(there)}: name one as {name}:{there[0]}")
-    return list(datasets.load_dataset(name, split=found[0]))
+    usual_split = "test" if split == "eval" else "train"
+    return list(datasets.load_dataset(name, split=named_split or usual_split))
 
 
 def read_json_lines(path):
@@ -1236,12 +1197,10 @@ def read_json_lines(path):
     rows = []
     with open(path, encoding="utf-8-sig") as file:
         for n, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            with one_line_errors(f"{path}, line {n}"):
-                row = json.loads(line)
-            require(isinstance(row, dict), f"{path}, line {n}: not an object")
-            rows.append(row)
+            if line.strip():
+                with one_line_errors(f"{path}, line {n}"):
+                    rows.append(json.loads(line))
+                require(isinstance(rows[-1], dict), f"{path}, line {n}: not an object")
     return rows
 
 
@@ -1251,15 +1210,15 @@ INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\
 def prompt_ids(tokenizer, problem):
     """A problem as prompt tokens.
 
-    A chat template says all that surrounds the problem, the BOS token included. Without one, the
-    paper's instruction follows the problem, and the tokenizer adds its BOS.
+    A chat template writes all that surrounds the problem, BOS included. Without one, the paper's
+    instruction follows the problem, and the tokenizer adds its BOS.
     """
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": problem}]
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     ids = tokenizer(problem + INSTRUCTION).input_ids
     if ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
+        ids.pop()
     return ids
 
 
@@ -1273,31 +1232,26 @@ class Stream:
 
     def take(self, n):
         """The next n problems, each as (its number in the stream, the problem)."""
-        size = len(self.problems)
         taken = []
-        for position in range(self.position, self.position + n):
-            epoch, place = divmod(position, size)
+        for number in range(self.position, self.position + n):
+            epoch, place = divmod(number, len(self.problems))
             if place == 0 or not taken:
-                order = random.Random(f"{self.seed}/{epoch}").sample(self.problems, size)
-            taken.append((position, order[place]))
+                rng = random.Random(f"{self.seed}/{epoch}")
+                order = rng.sample(self.problems, len(self.problems))
+            taken.append((number, order[place]))
         self.position += n
         return taken
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 7. Evaluation: how good is the policy on problems that it is not trained on? And the metrics
-# of a step.
+# Part 7. Evaluation on problems that the policy is not trained on, and the metrics of a step.
 # --------------------------------------------------------------------------------------------------
 
 def evaluate(run, step):
     """Sample and mark the problems of every evaluation set -> {"eval/NAME/avg@k": ..., ...}.
 
-        Avg@k  = mean over problems of c / k, with c of k responses right                       (9)
-        Pass@k = mean over problems of `pass_at_k`                                              (8)
-
-    Both come with a 95% interval, avg_low to avg_high; entropy is in nats at the temperature of
-    the evaluation, length in tokens. The random numbers are the same every time, so two evaluations
-    differ by the model alone. Every response goes into responses.jsonl.
+    The random numbers are the same every time, so two evaluations differ by the model alone. Every
+    response goes into responses.jsonl.
     """
     cfg = run.cfg
     k = cfg.eval_samples
@@ -1305,63 +1259,65 @@ def evaluate(run, step):
     for name, problems in run.eval_sets.items():
         numbered = list(enumerate(problems))
         batch = sample_and_mark(run, numbered, name, k, cfg.eval_temperature, cfg.eval_top_p)
-        scores = eval_scores(batch, k, with_smaller_k=cfg.eval_only)
-        metrics |= {f"eval/{name}/{key}": round(float(x), 6) for key, x in scores.items()}
+        m = eval_metrics(batch, k, every_k=cfg.eval_only)
+        metrics |= {f"eval/{name}/{key}": x for key, x in m.items()}
         when = f"step {step}" if step > 0 else "base"
-        run.results.append(
-            f"{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f}, 95% interval "
-            f"{scores['avg_low']:.3f} .. {scores['avg_high']:.3f}, Pass@{k} "
-            f"{scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f} nats")
-        run.world.print(f"\n{run.results[-1]}\n  {problems[0].problem!r:.98}")
-        print_responses(run, batch.rows(slice(0, k)))
+        result = (f"{when:8} {name}: Avg@{k} {m[f'avg@{k}']:.3f}, 95% interval "
+                  f"{m['avg_low']:.3f} .. {m['avg_high']:.3f}, Pass@{k} {m[f'pass@{k}']:.3f}, "
+                  f"entropy {m['entropy']:.3f} nats")
+        run.results.append(result)
+        run.world.print("\n" + result)
+        print_responses(run, problems[0], batch.rows(slice(0, k)))
         write_responses(run, step, name, problems, batch)
     empty_sampler(run)
     return metrics
 
 
-def eval_scores(batch, k, with_smaller_k):
-    """The scores of one evaluation set, as a dict.  batch: k responses per problem"""
+def eval_metrics(batch, k, every_k):
+    """Avg@k and Pass@k of k responses per problem, with 95% intervals; entropy, lengths.  -> dict
+
+        Avg@k  = mean over problems of c / k, with c of the k responses right                   (9)
+        Pass@k = mean over problems of `pass_at_k`                                              (8)
+
+    every_k: Pass@1, 2, 4 and so on, too. Entropy is in nats at the evaluation's temperature.
+    """
     c = batch.right.reshape(-1, k).sum(dim=1)                                   # (problems,)
     tokens = int(batch.response_len.sum())
-    ks = [k]
-    if with_smaller_k:                                  # the curve of Pass@k: 1, 2, 4 .. k
-        powers = [2 ** i for i in range(k.bit_length())]
-        ks = [j for j in powers if j < k] + [k]
-
-    avg = c / k
-    scores = {f"avg@{k}": avg.mean()}
-    for j in ks:
+    metrics = {f"avg@{k}": (c / k).mean()}
+    metrics["avg_low"], metrics["avg_high"] = interval(c / k)
+    ks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] if every_k else []
+    for j in [j for j in ks if j < k] + [k]:
         passes = torch.tensor([pass_at_k(k, int(right), j) for right in c])     # (problems,)
-        scores[f"pass@{j}"] = passes.mean()
-    scores["avg_low"], scores["avg_high"] = interval(avg)
-    scores["pass_low"], scores["pass_high"] = interval(passes)      # of the largest k
-    scores["entropy"] = batch.H.sum() / tokens
-    scores["length"] = tokens / len(batch.ids)
-    scores["truncated"] = 1 - batch.ended.float().mean()
-    return scores
+        metrics[f"pass@{j}"] = passes.mean()
+    metrics["pass_low"], metrics["pass_high"] = interval(passes)
+    metrics["entropy"] = batch.H.sum() / tokens
+    metrics["length"] = tokens / len(batch.ids)
+    metrics["truncated"] = 1 - batch.ended.float().mean()
+    return rounded(metrics)
+
+
+def rounded(metrics):
+    """Numbers and scalar tensors -> numbers with six decimals, and integers as they are."""
+    return {name: x if isinstance(x, int) else round(float(x), 6) for name, x in metrics.items()}
 
 
 def pass_at_k(n, c, k):
-    """The chance that k of n samples, c of which are right, hold at least one right one.
+    """The chance that k of n samples, of which c are right, hold at least one right one.
 
         1 - C(n - c, k) / C(n, k)                                                               (8)
     """
-    if n - c < k:
-        return 1.0
     all_wrong = 1.0
     for i in range(k):
-        all_wrong *= (n - c - i) / (n - i)              # the i-th draw is wrong as well
+        all_wrong *= max(0, n - c - i) / (n - i)        # the i-th is wrong as well
     return 1.0 - all_wrong
 
 
 def interval(values):
-    """The 95% interval of a mean over problems, by bootstrap over the problems.  (problems,) -> (2,)
-    """
-    generator = torch.Generator().manual_seed(0)
+    """The 95% interval of a mean over problems, by bootstrap.  (problems,) -> (2,)"""
     n = len(values)
-    draws = torch.randint(n, (2000, n), generator=generator)        # 2000 sets with repetition
-    means = values[draws].mean(dim=1)                                           # (2000,)
-    return torch.quantile(means, torch.tensor([0.025, 0.975]))
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(n, (2000, n), generator=generator)    # 2000 samples with replacement
+    return torch.quantile(values[draws].mean(dim=1), torch.tensor([0.025, 0.975]))
 
 
 def measure(run, batch, sums):
@@ -1369,9 +1325,11 @@ def measure(run, batch, sums):
 
     loss, grad_norm: means over the optimizer steps. clip_fraction: the share of the tokens learned
     from that the clips left without a gradient. sampler_gap: mean |log pi_sampler - log pi_old| in
-    nats. tokens/Q, advantage/Q: a quadrant's share of those tokens and of the sum of |credit|.
+    nats. tokens/Q, advantage/Q: the share of a quadrant in these tokens and in their |credit|.
     """
-    seconds = time.perf_counter() - run.world.step_start
+    world = run.world
+    world.begin("other")
+    seconds = sum(world.clock.values())
     tokens = int(batch.mask.sum())
     right = batch.right.reshape(-1, run.cfg.group_size)                         # (B, G)
     learned = batch.mask & batch.kept[:, None]                                  # (N, T)
@@ -1386,49 +1344,44 @@ def measure(run, batch, sums):
         "groups": len(right),
         "groups_all_right": int(right.all(dim=1).sum()),
         "groups_all_wrong": int((~right).all(dim=1).sum()),
-        "loss": run.world.sum(sums["loss"]) / updates,
+        "loss": world.sum(sums["loss"]) / updates,
         "grad_norm": sums["grad_norm"] / updates,
-        "clip_fraction": run.world.sum(sums["clipped"]) / max(1, int(learned.sum())),
+        "clip_fraction": world.sum(sums["clipped"]) / max(1, int(learned.sum())),
         "sampler_gap": batch.gap.sum() / tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "peak_memory_bytes": world.peak_memory(),
     }
-    metrics |= run.world.clock_metrics()
-    quadrant = batch.quadrant[learned]                                          # (tokens,)
-    credit = batch.credit[learned].abs().double()
+    for phase in ("sample", "score", "update"):
+        metrics[f"seconds_{phase}"] = world.clock[phase]
+    credit = batch.credit[learned].abs().double()                               # (tokens,)
     for code, name in enumerate(QUADRANTS, 1):
-        here = quadrant == code
+        here = batch.quadrant[learned] == code                                  # (tokens,)
         metrics[f"tokens/{name}"] = here.sum() / max(1, len(here))
         metrics[f"advantage/{name}"] = credit[here].sum() / credit.sum().clamp(min=1e-9)
-    return {key: x if isinstance(x, int) else round(float(x), 6) for key, x in metrics.items()}
+    return rounded(metrics)
 
 
 def write_responses(run, step, name, problems, batch):
-    """Add the responses of an evaluation to responses.jsonl."""
+    """Add the responses of an evaluation to responses.jsonl, with their verdicts."""
     if run.world.rank > 0:
         return
     with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as file:
         for i, text in enumerate(texts(run, batch)):
             number = int(batch.number[i])
             tokens = int(batch.response_len[i])
-            row = {
-                "step": step,
-                "set": name,
-                "number": number,
-                "problem": problems[number].problem,
-                "answer": problems[number].answer,
-                "right": bool(batch.right[i]),
-                "tokens": tokens,
-                "ended": bool(batch.ended[i]),
-                "entropy": round(float(batch.H[i].sum()) / tokens, 6),
-                "response": text,
-            }
+            entropy = round(float(batch.H[i].sum()) / tokens, 6)
+            row = {"step": step, "set": name, "number": number,
+                   "problem": problems[number].problem, "answer": problems[number].answer,
+                   "right": bool(batch.right[i]), "tokens": tokens, "ended": bool(batch.ended[i]),
+                   "entropy": entropy, "response": text}
             file.write(json.dumps(row, default=str) + "\n")
 
 
-def print_responses(run, group):
-    """Print the first three responses of a group. On a terminal, colours show the quadrants: green
-    for right and red for wrong responses, bold for tokens with entropy of at least mu_H."""
+def print_responses(run, problem, group):
+    """Print a problem and three responses. On a terminal colours show the quadrants: green for
+    right and red for wrong responses, bold for tokens with entropy of at least mu_H."""
+    run.world.print(f"  {problem.problem!r:.98}")
     colours = ["", "1;32", "32", "31", "1;31"]          # by quadrant code
     codes = quadrants(group.right, group.H, group.mask, len(group.ids)).tolist()
     for i in range(min(3, len(group.ids))):
@@ -1690,16 +1643,16 @@ def is_correct(response, gold):
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix B. The machine: errors in one line, processes and GPUs, opening a run, checkpoints.
+# Appendix B. The machine: processes and GPUs, opening a run, checkpoints, errors in one line.
 #
 # On a CPU, and for the tiny model anywhere, one process holds the whole model in fp32 and samples
 # from it. Any other model on GPUs: one process per GPU holds a part of the fp32 weights, gradients
-# and moments (FSDP2) and multiplies in bf16; a whole bf16 copy samples. torchrun on CPUs does the
-# same in fp32.
+# and moments (FSDP2) and multiplies in bf16, and a whole bf16 copy samples. torchrun on CPUs does
+# the same in fp32.
 # --------------------------------------------------------------------------------------------------
 
 def require(condition, message):
-    """End the program with one line, which says what is wrong and how to mend it."""
+    """End the program with one line that says what is wrong and how to mend it."""
     if not condition:
         raise SystemExit(f"eapo: {message}")
 
@@ -1710,50 +1663,47 @@ def one_line_errors(source):
     try:
         yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        text = str(error) or repr(error)
-        cause = error.__cause__ or ""
-        message = " ".join(f"{text} {cause}".split())[:300]
+        message = str(error) or repr(error)
+        if error.__cause__:
+            message += f" {error.__cause__}"
+        message = " ".join(message.split())[:300]
         raise SystemExit(f"eapo: cannot use {source}: {message}") from error
 
 
 class World:
     """The processes of a run, one per GPU. With a single process nothing is communicated.
 
-    `gather` and all that calls it must be called by every process, or the others wait.
+    `gather`, and whatever calls it, must be called by every process, or the others wait.
     """
 
     def __init__(self, cfg):
         cuda = torch.cuda.is_available()
-        self.rank = int(os.environ.get("RANK", 0))                  # torchrun sets these
+        self.rank = int(os.environ.get("RANK", 0))      # torchrun sets these three
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
+        self.device = torch.device("cpu")
+        if cuda:
+            self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+            torch.cuda.set_device(self.device)
         self.bf16 = cuda and cfg.model != "tiny"
         self.sharded = self.size > 1 or self.bf16
         self.microbatch_tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
         self.signalled = False
         self.phase = "other"
         self.start_clock()
-
-        if cuda:
-            torch.cuda.set_device(self.device)
         if self.sharded and not dist.is_initialized():
-            alone = {}
-            if self.size == 1:
-                alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=60), **alone)
+            alone = dict(store=dist.HashStore(), rank=0, world_size=1) if self.size == 1 else {}
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                    timeout=timedelta(minutes=60), **alone)
 
     def gather(self, x):
         """[x of process 0, x of process 1, ...] on every process."""
-        if self.size == 1:
-            return [x]
-        parts = [None] * self.size
-        try:
-            dist.all_gather_object(parts, x)
-        except RuntimeError as error:       # the others did not answer, or not in time
-            error.add_note(f"eapo: process {self.rank} of {self.size}, phase {self.phase}")
-            raise
+        parts = [x] * self.size
+        if self.size > 1:
+            try:
+                dist.all_gather_object(parts, x)
+            except RuntimeError as error:               # the others did not answer in time
+                error.add_note(f"eapo: process {self.rank} of {self.size}, phase {self.phase}")
+                raise
         return parts
 
     def sum(self, x):
@@ -1766,37 +1716,25 @@ class World:
 
     def whole(self, x):
         """A tensor put together from its parts on all processes."""
-        if hasattr(x, "full_tensor"):
-            return x.to(self.device).full_tensor()
-        return x
+        return x.to(self.device).full_tensor() if hasattr(x, "full_tensor") else x
 
     def start_clock(self):
-        """A step begins: forget the seconds and the memory of the last one."""
-        self.clock = Counter()
-        self.step_start = time.perf_counter()
-        self.phase_start = self.step_start
+        """A step begins."""
+        self.clock = Counter()                          # {phase: seconds}
+        self.phase_start = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def begin(self, phase):
-        """From now on time and GPU memory count for this phase: sample, score, update or other."""
+        """From now on time counts for this phase of the step: sample, score, update or other."""
         now = time.perf_counter()
-        self.clock[f"seconds_{self.phase}"] += now - self.phase_start
-        if self.device.type == "cuda":
-            key = f"bytes_{self.phase}"
-            self.clock[key] = max(self.clock[key], torch.cuda.max_memory_allocated())
-            torch.cuda.reset_peak_memory_stats()
+        self.clock[self.phase] += now - self.phase_start
         self.phase = phase
         self.phase_start = now
 
-    def clock_metrics(self):
-        """Seconds and peak bytes of each phase of the step so far; 0 bytes on a CPU."""
-        self.begin("other")
-        metrics = {f"seconds_{phase}": self.clock[f"seconds_{phase}"]
-                   for phase in ("sample", "score", "update")}
-        metrics |= {f"bytes_{phase}": self.clock[f"bytes_{phase}"]
-                    for phase in ("sample", "score", "update")}
-        metrics["peak_memory_bytes"] = max(
-            self.clock[f"bytes_{phase}"] for phase in ("sample", "score", "update"))
-        return metrics
+    def peak_memory(self):
+        """The most bytes of this GPU that were in use in this step; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def free_memory(self):
         """Bytes that this process may still fill, of its GPU or of its share of the machine's."""
@@ -1814,8 +1752,7 @@ class World:
 
     def bar(self, items, name, least=1, **options):
         """A progress bar over items, on the first process, if there are at least so many."""
-        hidden = self.rank > 0 or len(items) < least
-        return tqdm(items, desc=name, disable=hidden, **options)
+        return tqdm(items, desc=name, disable=self.rank > 0 or len(items) < least, **options)
 
     def on_signal(self, *_):
         """Ctrl-C and SIGTERM: finish the step, save, stop."""
@@ -1832,21 +1769,18 @@ def open_run(cfg):
     """Processes, folder, model and problems of a Config -> a Run, ready for its first step."""
     world = World(cfg)
     out = open_folder(cfg, world)
-    if cfg.model != "tiny":
-        check_memory(cfg, world, out)
-    lm, tokenizer, stop_ids = load_model(cfg)
-    sampler = new_sampler(lm, world)
-    run = Run(cfg, world, out, shard(Policy(lm), world, cfg.offload), tokenizer, stop_ids, sampler)
+    lm, tokenizer, stop_ids = load_model(cfg, world)
+    sampler = lm
+    if world.sharded:           # the policy will be cut up: a whole copy samples
+        with world.device:
+            dtype = torch.bfloat16 if world.bf16 else torch.float32
+            sampler = AutoModelForCausalLM.from_config(lm.config, dtype=dtype).eval()
+    policy = shard(Policy(lm), world, cfg.offload)
+    run = Run(cfg, world, out, policy, tokenizer, stop_ids, sampler)
     empty_sampler(run)
 
     if cfg.eval_every > 0 or cfg.eval_only:
-        for source in split_names(cfg.eval_data):
-            name = os.path.basename(source)             # MATH-500 of HuggingFaceH4/MATH-500
-            if os.path.isfile(source):
-                name = os.path.splitext(name)[0]        # test of test.jsonl
-            name = name.replace(":", "-")
-            require(name not in run.eval_sets, f"--eval-data has two sets {name}: rename a file")
-            run.eval_sets[name] = load_problems(run, source, "eval")
+        load_eval_sets(run)
     if cfg.eval_only:
         problems = sum(run.eval_sets.values(), [])
     else:
@@ -1859,104 +1793,100 @@ def open_run(cfg):
     return run
 
 
+def load_eval_sets(run):
+    """Fill run.eval_sets, under short names: MATH-500 of HuggingFaceH4/MATH-500, x of x.jsonl."""
+    for source in split_names(run.cfg.eval_data):
+        name = os.path.basename(source).replace(":", "-")
+        if os.path.isfile(source):
+            name = os.path.splitext(name)[0]
+        require(name not in run.eval_sets, f"--eval-data has two sets {name}: rename a file")
+        run.eval_sets[name] = load_problems(run, source, "eval")
+
+
 def close_run(run):
     """Save the trained model and say what came of the run."""
     if not run.cfg.eval_only:
         save_model(run)
     n = len(run.eval_sets)
-    first_and_last = run.results[:n] + run.results[n:][-n:]
-    run.world.print("\n" + "\n".join(first_and_last) + "\n")
-    said = "stopped; go on with --resume" if run.stopped else "all is in"
-    run.world.print(f"{said} {run.out}")
+    later = run.results[n:]
+    for line in [""] + run.results[:n] + later[-n:] + [""]:
+        run.world.print(line)
+    outcome = "stopped; go on with --resume" if run.stopped else "all is in"
+    run.world.print(f"{outcome} {run.out}")
 
 
 def open_folder(cfg, world):
     """Make the folder of the run and write config.json into it -> its path."""
     model = os.path.basename(os.path.normpath(cfg.model))
-    out = cfg.out or f"runs/{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    out = os.path.normpath(world.gather(out)[0])
+    now = time.strftime("%Y%m%d-%H%M%S")
+    out = cfg.out or f"runs/{model}-{now}-{os.getpid()}"
+    out = os.path.normpath(world.gather(out)[0])        # all processes take that of the first
     if cfg.resume:
-        require(checkpoints(out),
-                f"{out} holds no checkpoint, see --save-every: start a new run")
+        require(checkpoints(out), f"{out} holds no checkpoint, see --save-every: start a new run")
     else:
         require(not os.path.exists(f"{out}/metrics.jsonl"),
                 f"{out} holds the metrics of another run: choose another --out, or --resume {out}")
-    settings = asdict(cfg)
-    settings["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__,
-                            "python": platform.python_version()}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
+                "python": platform.python_version()}
     with one_line_errors(out):
         os.makedirs(out, exist_ok=True)
         if world.rank == 0:
+            settings = asdict(cfg) | {"versions": versions}
             replace_file(f"{out}/config.json", json.dumps(settings, indent=2))
             if not cfg.resume:
                 replace_file(f"{out}/responses.jsonl", "")
     return out
 
 
-def check_memory(cfg, world, out):
-    """Say what weights, gradients and moments take, and refuse what cannot fit, before loading."""
-    with one_line_errors(cfg.model), torch.device("meta"):
-        config = AutoConfig.from_pretrained(cfg.model)
-        lm = AutoModelForCausalLM.from_config(config)
-    require(hasattr(config, "num_attention_heads"), f"{cfg.model} is not a text-only transformer")
-    parameters = sum(p.numel() for p in lm.parameters())
-
-    # fp32 weights, and for training gradients and AdamW's two moments: 4 or 16 bytes per parameter.
-    # Activations, the KV cache and logits come on top; they depend on lengths and adapt to memory.
-    state = (4 if cfg.eval_only else 16) * parameters / world.size
-    if cfg.offload and world.device.type == "cuda":
-        state = 0                                       # in host memory
-    copy = 0
-    if world.sharded:
-        copy = (2 if world.bf16 else 4) * parameters
-    free = world.free_memory()
-    world.print(f"{cfg.model}: {parameters / 1e6:.1f}M parameters on {world.size} x "
-                f"{world.device.type}. GB per process: {state / 1e9:.2f} for weights, gradients "
-                f"and moments, {copy / 1e9:.2f} for the copy that samples, of {free / 1e9:.2f}")
-    need = max(state, copy + state * 3 / 4)             # gradients are gone while the copy samples
-    require(need < free, f"{cfg.model} needs at least {need / 1e9:.0f} GB of {free / 1e9:.0f}: use "
-            "more --gpus, --offload, or a smaller model")
-
-    # On disk: the model, and checkpoints of weights and moments, the last two and a new one.
-    disk = (40 if cfg.save_every > 0 else 16) * parameters / 1e9
-    room = shutil.disk_usage(out).free / 1e9
-    require(cfg.eval_only or disk < room,
-            f"{out} needs {disk:.1f} GB for the model and checkpoints, and its disk has {room:.1f} "
-            "left: choose another --out, or --save-every 0")
-
-
-def load_model(cfg):
+def load_model(cfg, world):
     """The language model with fp32 weights, its tokenizer, and the ids that end a response."""
     if cfg.model == "tiny":
         lm, tokenizer = tiny_model(cfg.seed)
     else:
         with one_line_errors(cfg.model):
+            check_memory(cfg, world)
             lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     lm.eval()                                           # no dropout
-
     ends = lm.generation_config.eos_token_id
     if not isinstance(ends, list):
         ends = [ends]
-    ends = [tokenizer.eos_token_id] + ends
-    stop_ids = [x for x in dict.fromkeys(ends) if x is not None]
+    ends = dict.fromkeys([tokenizer.eos_token_id] + ends)           # in order, each once
+    stop_ids = [token for token in ends if token is not None]
     require(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
-    # A hub model's generation config may hold what save_pretrained refuses.
+    # The generation config of a hub model may hold what save_pretrained refuses.
     lm.generation_config = GenerationConfig(eos_token_id=stop_ids)
 
-    check_head(cfg, lm, stop_ids)
+    # The policy takes the logits to be hidden states times a matrix.
+    probe = torch.tensor([stop_ids[:1] * 2])
+    with torch.no_grad():
+        hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
+        logits = hidden @ lm.get_output_embeddings().weight.T
+        same = torch.allclose(logits, lm(probe).logits, atol=1e-3)
+    require(same, f"{cfg.model} makes its logits in another way than by one matrix (a bias, a soft "
+            "cap, a scale): log_prob_and_entropy_in_chunks would have to do the same")
     return lm, tokenizer, stop_ids
 
 
-@torch.no_grad()
-def check_head(cfg, lm, stop_ids):
-    """Refuse a model whose logits are not hidden states times a matrix, as HeadInChunks has it."""
-    probe = torch.tensor([stop_ids[:1] * 2])
-    hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
-    ours = hidden @ lm.get_output_embeddings().weight.T
-    require(torch.allclose(ours, lm(probe).logits, atol=1e-3),
-            f"{cfg.model} makes its logits in another way than by one matrix (a bias, a soft cap, "
-            "a scale): HeadInChunks would have to do the same")
+def check_memory(cfg, world):
+    """Say what weights, gradients and moments take, and refuse what cannot fit, before loading."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.model))
+    parameters = sum(p.numel() for p in lm.parameters())
+    # fp32 weights, and for training gradients and AdamW's two moments. Activations, KV cache and
+    # logits come on top.
+    state = (4 if cfg.eval_only else 16) * parameters / world.size
+    if cfg.offload and world.device.type == "cuda":
+        state = 0                                       # in host memory
+    copy = (2 if world.bf16 else 4) * parameters * world.sharded
+    free = world.free_memory()
+    millions = parameters / 1e6
+    GB = [round(x / 1e9, 2) for x in (state, copy, free)]
+    world.print(f"{cfg.model}: {millions:.1f}M parameters on {world.size} x {world.device.type}. "
+                f"GB per process: {GB[0]} for weights, gradients and moments, {GB[1]} for the copy "
+                f"that samples, of {GB[2]}")
+    require(max(state, copy) < free, f"{cfg.model} does not fit: use more --gpus, --offload, or a "
+            "smaller model")
 
 
 def shard(policy, world, offload):
@@ -1968,26 +1898,16 @@ def shard(policy, world, offload):
     if not world.sharded:
         return policy.to(world.device)
     compute_dtype = torch.bfloat16 if world.bf16 else None
-    options = dict(
-        mesh=dist.init_device_mesh(world.device.type, (world.size,)),
-        mp_policy=fsdp.MixedPrecisionPolicy(compute_dtype, torch.float32))
+    options = dict(mesh=dist.init_device_mesh(world.device.type, (world.size,)),
+                   mp_policy=fsdp.MixedPrecisionPolicy(compute_dtype, torch.float32))
     if offload:
         options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
-    layers = next(x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList))
-    for layer in layers:
+    lists = [x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList)]
+    for layer in lists[0]:                              # the decoder's layers
         if world.device.type == "cuda":
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         fsdp.fully_shard(layer, **options)
     return fsdp.fully_shard(policy, **options)
-
-
-def new_sampler(lm, world):
-    """The model that samples: the policy's own, or, if that will be cut up, a whole copy of it."""
-    if not world.sharded:
-        return lm
-    dtype = torch.bfloat16 if world.bf16 else torch.float32
-    with world.device:
-        return AutoModelForCausalLM.from_config(lm.config, dtype=dtype).eval()
 
 
 @torch.no_grad()
@@ -2002,45 +1922,42 @@ def fill_sampler(run):
 
 def empty_sampler(run):
     """Free the copy's weights: the update needs the room, and will make them out of date."""
-    if run.sampler is run.policy.lm:
-        return
-    for weight in run.sampler.parameters():
-        weight.data = weight.data.new_empty(0)
+    if run.sampler is not run.policy.lm:
+        for weight in run.sampler.parameters():
+            weight.data = weight.data.new_empty(0)
 
 
 def sanity_check(run, problems):
-    """Show the first prompt as the model sees it, and check the usual reasons for learning nothing.
+    """Check the usual reasons for learning nothing, and show the first prompt as the model sees it.
     """
     cfg = run.cfg
-    lm_config = run.policy.lm.config
-    everything = problems + sum(run.eval_sets.values(), [])
-    longest = max(len(problem.ids) for problem in everything) + cfg.max_response_tokens
-    limit = getattr(lm_config, "max_position_embeddings", None) or longest
+    everything = sum(run.eval_sets.values(), problems)
+    longest_prompt = max(len(problem.ids) for problem in everything)
+    longest = longest_prompt + cfg.max_response_tokens
+    limit = getattr(run.policy.lm.config, "max_position_embeddings", None) or longest
     require(longest <= limit, f"{cfg.model} reads {limit} tokens, and the longest prompt with its "
             f"response has {longest}: lower --max-response-tokens")
-
     first = problems[0]
     text = run.tokenizer.decode(first.ids)
-    if cfg.model == "tiny":
-        require(text == first.problem, f"of {first.problem!r:.50} --model tiny can read only "
-                f"{text!r:.50}: name another --model")
-    elif "boxed" not in text:
-        run.world.print(
-            "warning: the prompt does not ask for \\boxed{}. Unless the model boxes its answers "
-            "anyway, no response will be right: say so in the problems, or imitate solutions first "
-            "(--warmup-data)")
+    require(cfg.model != "tiny" or text == first.problem, f"of {first.problem!r:.50} --model tiny "
+            f"can read only {text!r:.50}: name another --model")
+    if "boxed" not in text and cfg.model != "tiny":
+        run.world.print("warning: the prompt does not ask for \\boxed{}. Unless the model boxes "
+                        "its answers anyway, no response will be right: say so in the problems, or "
+                        "imitate solutions first (--warmup-data)")
 
     golds = [problem.answer for problem in problems[:200]]
-    firsts = [gold[0] if isinstance(gold, list) else gold for gold in golds]
-    paid = sum(is_correct(f"\\boxed{{{one}}}", gold) for one, gold in zip(firsts, golds))
+    paid = 0
+    for gold in golds:
+        one = gold[0] if isinstance(gold, list) else gold
+        paid += is_correct(f"\\boxed{{{one}}}", gold)
     junk = sum(is_correct("\\boxed{no idea}", gold) for gold in golds)
-    run.world.print(
-        f"first prompt: {text[:400]!r}\n"
-        f"  {len(first.ids)} ids, {first.ids[:8]} .. {first.ids[-4:]}, BOS "
-        f"{first.ids.count(run.tokenizer.bos_token_id)} times; responses end with "
-        f"{run.tokenizer.convert_ids_to_tokens(run.stop_ids)}\n"
-        f"verifier: pays {paid / len(golds):.0%} of {len(golds)} gold answers, "
-        f"{junk / len(golds):.0%} of junk")
+    bos = first.ids.count(run.tokenizer.bos_token_id)
+    ends = run.tokenizer.convert_ids_to_tokens(run.stop_ids)
+    run.world.print(f"first prompt: {text[:400]!r}")
+    run.world.print(f"  {len(first.ids)} tokens, {first.ids[:8]} .. {first.ids[-4:]}, BOS {bos} "
+                    f"times; responses end with {ends}")
+    run.world.print(f"verifier: pays {paid} of {len(golds)} gold answers, and junk {junk} times")
 
 
 def warn_of_first_step(run, metrics):
@@ -2069,34 +1986,15 @@ def save_model(run):
     lm = run.policy.lm
     options = dcs.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcs.get_model_state_dict(lm, options=options)
-    if run.world.rank > 0:
-        return
-    # Tied weights have two names in `weights`; a file holds them once, under the first.
-    all_names = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
-    first_names = {name for name, _ in lm.named_parameters()}
-    second_names = all_names - first_names
-    weights = {name: weight for name, weight in weights.items() if name not in second_names}
-
-    lm.save_pretrained(path + ".new", state_dict=weights)
-    run.tokenizer.save_pretrained(path + ".new")
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(path + ".new", path)
-
-
-def save_checkpoint(run, step):
-    """Write out/checkpoint/step-N: weights, moments and data position; keep the last two.
-
-    Each process writes its shards. There is no random state to keep: the random numbers of a
-    response and the order of an epoch come from seeds and counts alone.
-    """
-    path = f"{run.out}/checkpoint/step-{step:06}"
-    dcp.save(checkpoint_state(run, step), checkpoint_id=path + ".new")
     if run.world.rank == 0:
+        # Tied weights have two names in `weights`; a file holds them once, under the first.
+        every_name = dict(lm.named_parameters(remove_duplicate=False))
+        for name in every_name.keys() - dict(lm.named_parameters()).keys():
+            del weights[name]
+        lm.save_pretrained(path + ".new", state_dict=weights)
+        run.tokenizer.save_pretrained(path + ".new")
         shutil.rmtree(path, ignore_errors=True)
         os.replace(path + ".new", path)
-        for old in checkpoints(run.out)[:-2]:
-            shutil.rmtree(old)
-    run.world.gather(None)                              # nobody goes on before it is there
 
 
 def checkpoints(out):
@@ -2105,16 +2003,28 @@ def checkpoints(out):
 
 
 def checkpoint_state(run, step):
-    """What a checkpoint holds."""
+    """What a checkpoint holds: each process has its part of weights and moments.
+
+    There is no random state to keep: the random numbers of a response and the order of an epoch
+    come from seeds and counts alone.
+    """
     model, moments = dcs.get_state_dict(run.policy, run.optimizer)
     problems = [(problem.problem, str(problem.answer)) for problem in run.stream.problems]
-    return {
-        "model": model,
-        "optimizer": moments,
-        "step": step,
-        "position": run.stream.position,
-        "data": crc32(json.dumps(problems).encode()),   # to notice other data on resume
-    }
+    data = crc32(json.dumps(problems).encode())         # to notice other data on resume
+    return {"model": model, "optimizer": moments, "step": step, "position": run.stream.position,
+            "data": data}
+
+
+def save_checkpoint(run, step):
+    """Write out/checkpoint/step-N, and keep the last two."""
+    path = f"{run.out}/checkpoint/step-{step:06}"
+    dcp.save(checkpoint_state(run, step), checkpoint_id=path + ".new")
+    if run.world.rank == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(path + ".new", path)
+        for old in checkpoints(run.out)[:-2]:
+            shutil.rmtree(old)
+    run.world.gather(None)                              # nobody goes on before it is there
 
 
 def load_checkpoint(run):
@@ -2129,22 +2039,17 @@ def load_checkpoint(run):
     run.stream.position = state["position"]
     run.done = state["step"]
 
-    # Steps after the checkpoint will be done again: take them out of the logs.
-    kept = {}
+    # The steps behind the checkpoint will be done again: take them out of the logs.
     for name in ("responses.jsonl", "metrics.jsonl"):
         path = f"{run.out}/{name}"
-        lines = []
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                lines = [line for line in file if line.endswith("\n")]  # the last may be half
-        rows = [json.loads(line) for line in lines]
-        kept[name] = [row for row in rows if row["step"] <= run.done]
-    run.history = kept["metrics.jsonl"]
-    run.world.gather(None)                              # all have read
-    if run.world.rank == 0:
-        for name, rows in kept.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            replace_file(f"{run.out}/{name}", text)
+        with open(path, "a+", encoding="utf-8") as file:
+            file.seek(0)
+            whole_lines = [line for line in file if line.endswith("\n")]
+        kept = [line for line in whole_lines if json.loads(line)["step"] <= run.done]
+        run.world.gather(None)                          # all have read it
+        if run.world.rank == 0:
+            replace_file(path, "".join(kept))
+    run.history = [json.loads(line) for line in kept]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2154,6 +2059,10 @@ def load_checkpoint(run):
 def split_names(text):
     """"PHR, NHR" -> ["PHR", "NHR"]"""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def flag_name(name):
+    return "--" + name.replace("_", "-")
 
 
 def check_settings(cfg):
@@ -2167,51 +2076,47 @@ def check_settings(cfg):
     for name in split_names(cfg.quadrants) + split_names(cfg.without):
         require(name in QUADRANTS, f"no quadrant is called {name}, only {', '.join(QUADRANTS)}")
     require(not cfg.without or cfg.method == "eapo", "--without is for --method eapo")
-
-    at_least_1 = ("prompts_per_step", "prompts_per_minibatch", "eval_samples", "max_prompt_tokens",
-                  "max_response_tokens")
-    at_least_0 = ("seed", "save_every", "warmup_steps", "warmup_learning_rate", "steps",
-                  "microbatch_tokens", "resample", "clip_low", "clip_high", "learning_rate",
-                  "eval_every", "eval_temperature", "gpus")
-    for lowest, names in ((1, at_least_1), (0, at_least_0)):
-        for name in names:
-            require(getattr(cfg, name) >= lowest, f"{flag_name(name)} must be {lowest} or more")
+    require(0 <= cfg.overlong < 1, "--overlong is a share, from 0 to below 1")
+    require(cfg.clip_c == 0 or cfg.clip_c > 1 + cfg.clip_high,
+            "--clip-c must lie above 1 + clip_high, outside the clip of (2), or be 0 for off")
+    require(cfg.warmup_data or cfg.warmup_steps == 0, "--warmup-steps needs --warmup-data")
     require(cfg.temperature > 0, "--temperature must be above 0")
     for name in ("top_p", "eval_top_p"):
         require(0 < getattr(cfg, name) <= 1, f"{flag_name(name)} must be above 0 and at most 1")
-    require(0 <= cfg.overlong < 1, "--overlong is a share, from 0 to below 1")
-    require(cfg.clip_c == 0 or cfg.clip_c > 1 + cfg.clip_high, "--clip-c must lie above "
-            "1 + clip_high, outside the clip of (2), or be 0 for off")
-    require(cfg.warmup_data or cfg.warmup_steps == 0, "--warmup-steps needs --warmup-data")
-
-
-def flag_name(name):
-    return "--" + name.replace("_", "-")
+    at_least_1 = ("prompts_per_step", "prompts_per_minibatch", "eval_samples", "max_prompt_tokens",
+                  "max_response_tokens")
+    for name, value in asdict(cfg).items():
+        if isinstance(value, (int, float)):
+            lowest = 1 if name in at_least_1 else 0
+            require(value >= lowest, f"{flag_name(name)} must be {lowest} or more")
 
 
 def parse_args(argv=None):
     """The command line -> Config: what is typed, else the model's preset, else the default."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], usage="%(prog)s [flags]",
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
-        epilog="The defaults in brackets are the paper's; PRESETS in eapo.py lists the models that "
-               "change some, --model tiny among them.")
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Config):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        description = f.metadata["help"].replace("%", "%%")
+        options = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        else:
-            options = {"type": f.type, "metavar": f.type.__name__.upper()}
-            if f.default != "":
-                description += f"  [{f.default}]"
-        group.add_argument(flag_name(f.name), default=argparse.SUPPRESS, help=description,
-                           **options)
+        group.add_argument(flag_name(f.name), default=f.default,
+                           help=f.metadata["help"].replace("%", "%%"), **options)
+
+    # What --model and --resume change are other defaults, so --help shows those that hold.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--model", default="tiny")
+    early.add_argument("--resume", default="")
+    first, _ = early.parse_known_args(argv)
+    defaults = resumed_settings(first.resume) if first.resume else preset(first.model)
+    parser.set_defaults(**defaults)
     typed = vars(parser.parse_args(argv))
-    if "resume" in typed:
-        return resumed_config(typed)
-    return Config(**preset(typed.get("model", "tiny")) | typed)
+    for name, value in defaults.items() if first.resume else []:
+        require(name in MAY_CHANGE or typed[name] == value, f"{first.resume} ran with "
+                f"{flag_name(name)} {value}, not {typed[name]}: leave it out, or start a new run")
+    return Config(**typed)
 
 
 def preset(model):
@@ -2226,20 +2131,14 @@ def preset(model):
 MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens"}
 
 
-def resumed_config(typed):
-    """The Config of a run to continue: its own, with the steps and the machine of today."""
-    folder = typed["resume"]
+def resumed_settings(folder):
+    """The settings of a run to continue."""
     path = os.path.join(folder, "config.json")
     require(os.path.isfile(path), f"{path}: no such file; --resume takes the folder of a run")
     with open(path) as file:
         saved = json.load(file)
-    settings = {f.name: saved.get(f.name, f.default) for f in fields(Config)}
-    settings["out"] = folder
-    for name, x in typed.items():
-        require(name in MAY_CHANGE or x == settings[name],
-                f"{folder} ran with {flag_name(name)} {settings.get(name)}, not {x}: leave it out, "
-                "or start a new run")
-    return Config(**settings | typed)
+    settings = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
+    return settings | {"out": folder, "resume": folder}
 
 
 def launch_on_all_gpus(cfg, argv):
@@ -2247,21 +2146,18 @@ def launch_on_all_gpus(cfg, argv):
     there = torch.cuda.device_count()
     require(cfg.gpus <= there, f"--gpus {cfg.gpus}: this machine has {there}")
     n = cfg.gpus or there
-    if n <= 1 or cfg.model == "tiny" or "RANK" in os.environ:
-        return
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7200")     # Ctrl-C: end the step
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                str(n)]
-    if argv is None:
-        argv = sys.argv[1:]
-    os.execv(sys.executable, torchrun + [os.path.abspath(__file__)] + argv)
+    if n > 1 and cfg.model != "tiny" and "RANK" not in os.environ:
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7200")     # Ctrl-C: end the step
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+        program = [os.path.abspath(__file__)] + (sys.argv[1:] if argv is None else argv)
+        os.execv(sys.executable, [sys.executable] + torchrun + program)
 
 
 def main(argv=None):
     """Run a command line -> the Run."""
-    new_enough = int(transformers.__version__.partition(".")[0]) >= 5
-    require(sys.version_info >= (3, 11) and new_enough,
+    major, _, _ = transformers.__version__.partition(".")
+    require(sys.version_info >= (3, 11) and int(major) >= 5,
             "needs Python 3.11 or newer, and what pip install -r requirements.txt brings")
     cfg = parse_args(argv)
     launch_on_all_gpus(cfg, argv)
