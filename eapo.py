@@ -696,7 +696,7 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
     N = len(prompts) * G
     slots = min(N, max(1, slots_at_most // G) * G)
     room = max((len(prompt) for prompt in prompts), default=0) + max_tokens
-    stop = torch.tensor(stop_ids, device=device)
+    stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
     # What is kept of each response. Row N is scrap paper for idle slots, which are computed like
     # the others, because every decode step has the same shapes.
@@ -1847,7 +1847,7 @@ def load_model(cfg, world):
             check_memory(cfg, world)
             lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-    lm.eval()                                           # no dropout
+    lm.eval()                               # no dropout
     ends = lm.generation_config.eos_token_id
     if not isinstance(ends, list):
         ends = [ends]
@@ -1856,16 +1856,37 @@ def load_model(cfg, world):
     require(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
     # The generation config of a hub model may hold what save_pretrained refuses.
     lm.generation_config = GenerationConfig(eos_token_id=stop_ids)
-
-    # The policy takes the logits to be hidden states times a matrix.
-    probe = torch.tensor([stop_ids[:1] * 2])
-    with torch.no_grad():
-        hidden = lm.get_decoder()(probe, use_cache=False).last_hidden_state
-        logits = hidden @ lm.get_output_embeddings().weight.T
-        same = torch.allclose(logits, lm(probe).logits, atol=1e-3)
-    require(same, f"{cfg.model} makes its logits in another way than by one matrix (a bias, a soft "
-            "cap, a scale): log_prob_and_entropy_in_chunks would have to do the same")
+    try:
+        error = sampling_error(lm)
+    except Exception as exception:          # whatever an unusual model may do
+        error = f"{type(exception).__name__}: {exception}"
+    require(error is None, f"{cfg.model} cannot be used: {error}")
     return lm, tokenizer, stop_ids
+
+
+@torch.no_grad()
+def sampling_error(lm):
+    """Does the model sample as it scores, and score as plain transformers does?  None, or what not.
+
+    It does not if its attention does not take the masks of `generate`, if its cache is of another
+    kind, or if its logits are not hidden states times a matrix (a bias, a soft cap, a scale).
+    """
+    V = len(lm.get_output_embeddings().weight)
+    ids = [V * k // 12 for k in range(1, 12)]           # from all over the vocabulary
+    batch = generate(lm, [ids[:3], ids[3:]], group_size=2, max_tokens=5, temperature=1.0,
+                     top_p=1.0, stop_ids=[], seeds=[0, 1])
+    scored, _ = Policy(lm)(batch, 1.0)                                          # (4, 5)
+    plain = torch.zeros_like(scored)
+    for i in range(4):
+        start = int(batch.prompt_len[i])
+        row = batch.ids[i, :start + 5]
+        logits = lm(row[None]).logits[0, start - 1:-1]                          # (5, V)
+        plain[i], _ = log_prob_and_entropy(logits, row[start:], 1.0)
+    for name, logp in (("sampled", batch.old_logp), ("scored", scored)):
+        gap = float((logp - plain).abs().max())
+        if not gap < 1e-3:
+            return f"log-probabilities as {name} are {gap:.2g} nats off those of transformers"
+    return None
 
 
 def check_memory(cfg, world):
