@@ -92,7 +92,7 @@ def flag(default, description, group=None):
 class Config:
     model: str = flag("tiny", "tiny, a Hugging Face folder, or a hub id", "the run")
     train_data: str = flag("agentica-org/DeepScaleR-Preview-Dataset",
-                           "addition, a .jsonl/.csv/.parquet file, or a hub id[:split]")
+                           "addition, a .jsonl, .json, .csv or .parquet file, or a hub id[:split]")
     eval_data: str = flag("HuggingFaceH4/MATH-500", "the same; several with commas between them")
     out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
     seed: int = flag(0, "seed of weights, order of problems and sampling")
@@ -365,9 +365,9 @@ def train(cfg):
                 logp, _ = policy(micro, cfg.temperature)                        # (n, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight / total, *clips)
                 (loss * world.size).backward()          # FSDP averages over processes: undo that
+                clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
+                sums["clipped"] += int(clipped.sum())
                 sums["loss"] += float(loss.detach())
-                sums["clipped"] += int(clipped_tokens(logp, micro.old_logp, micro.credit,
-                                                      *clips).sum())
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
             sums["grad_norm"] += finite(world, norm)    # or the run ends here
             sums["updates"] += 1
@@ -1181,27 +1181,16 @@ def problems_from_rows(source, rows, wanted):
 
 
 def read_rows(source, split):
-    """The rows of a .jsonl, .csv or .parquet file, or of a hub data set ID[:SPLIT], as dicts."""
-    kind = source.rpartition(".")[2].lower()
-    if kind == "jsonl":
-        return read_json_lines(source)
-    if kind in ("csv", "parquet"):
+    """The rows of a JSON, CSV or Parquet file, or of a hub data set ID[:SPLIT], as dicts."""
+    extension = source.lower().removesuffix(".gz").rpartition(".")[2]
+    kind = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}.get(extension)
+    if kind:
+        there = os.path.isfile(source) and os.path.getsize(source) > 0
+        require(there, f"{source}: no such file, or an empty one")
         return list(datasets.load_dataset(kind, data_files=source, split="train"))
     name, _, named_split = source.partition(":")
     usual_split = "test" if split == "eval" else "train"
     return list(datasets.load_dataset(name, split=named_split or usual_split))
-
-
-def read_json_lines(path):
-    """The objects of a .jsonl file."""
-    rows = []
-    with open(path, encoding="utf-8-sig") as file:
-        for n, line in enumerate(file, 1):
-            if line.strip():
-                with one_line_errors(f"{path}, line {n}"):
-                    rows.append(json.loads(line))
-                require(isinstance(rows[-1], dict), f"{path}, line {n}: not an object")
-    return rows
 
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -2115,7 +2104,7 @@ def check_settings(cfg):
 def parse_args(argv=None):
     """The command line -> Config: what is typed, else the model's preset, else the default."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], usage="%(prog)s [flags]",
+        description=__doc__.splitlines()[0], usage="%(prog)s [flags]", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Config):
         if f.metadata["group"]:
