@@ -1248,12 +1248,13 @@ def evaluate(run, step):
     for name, problems in run.eval_sets.items():
         numbered = list(enumerate(problems))
         batch = sample_and_mark(run, numbered, name, k, cfg.eval_temperature, cfg.eval_top_p)
-        m = eval_metrics(batch, k, every_k=cfg.eval_only)
-        metrics |= {f"eval/{name}/{key}": x for key, x in m.items()}
+        scores = eval_metrics(batch, k, every_k=cfg.eval_only)
+        for key, score in scores.items():
+            metrics[f"eval/{name}/{key}"] = score
         when = f"step {step}" if step > 0 else "base"
-        result = (f"{when:8} {name}: Avg@{k} {m[f'avg@{k}']:.3f}, 95% interval "
-                  f"{m['avg_low']:.3f} .. {m['avg_high']:.3f}, Pass@{k} {m[f'pass@{k}']:.3f}, "
-                  f"entropy {m['entropy']:.3f} nats")
+        result = (f"{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f}, 95% interval "
+                  f"{scores['avg_low']:.3f} .. {scores['avg_high']:.3f}, "
+                  f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f} nats")
         run.results.append(result)
         run.world.print("\n" + result)
         print_responses(run, problems[0], batch.rows(slice(0, k)))
@@ -1271,23 +1272,31 @@ def eval_metrics(batch, k, every_k):
     every_k: Pass@1, 2, 4 and so on, too. Entropy is in nats at the evaluation's temperature.
     """
     c = batch.right.reshape(-1, k).sum(dim=1)                                   # (problems,)
-    tokens = int(batch.response_len.sum())
-    metrics = {f"avg@{k}": (c / k).mean()}
-    metrics["avg_low"], metrics["avg_high"] = interval(c / k)
+    avg = c / k
+    scores = {f"avg@{k}": avg.mean()}
+    scores["avg_low"], scores["avg_high"] = interval(avg)
+
     ks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] if every_k else []
-    for j in [j for j in ks if j < k] + [k]:
-        passes = torch.tensor([pass_at_k(k, int(right), j) for right in c])     # (problems,)
-        metrics[f"pass@{j}"] = passes.mean()
-    metrics["pass_low"], metrics["pass_high"] = interval(passes)
-    metrics["entropy"] = batch.H.sum() / tokens
-    metrics["length"] = tokens / len(batch.ids)
-    metrics["truncated"] = 1 - batch.ended.float().mean()
-    return rounded(metrics)
+    ks = [j for j in ks if j < k] + [k]
+    for j in ks:
+        passes = [pass_at_k(k, right, j) for right in c.tolist()]
+        passes = torch.tensor(passes)                                           # (problems,)
+        scores[f"pass@{j}"] = passes.mean()
+    scores["pass_low"], scores["pass_high"] = interval(passes)
+
+    lengths = batch.response_len
+    scores["entropy"] = batch.H.sum() / lengths.sum()
+    scores["length"] = lengths.float().mean()
+    scores["truncated"] = (~batch.ended).float().mean()
+    return rounded(scores)
 
 
 def rounded(metrics):
-    """Numbers and scalar tensors -> numbers with six decimals, and integers as they are."""
-    return {name: x if isinstance(x, int) else round(float(x), 6) for name, x in metrics.items()}
+    """Scalar tensors and floats -> floats with six decimals; integers stay as they are."""
+    result = {}
+    for name, x in metrics.items():
+        result[name] = x if isinstance(x, int) else round(float(x), 6)
+    return result
 
 
 def pass_at_k(n, c, k):
@@ -1321,7 +1330,10 @@ def measure(run, batch, sums):
     seconds = sum(world.clock.values())
     tokens = int(batch.mask.sum())
     right = batch.right.reshape(-1, run.cfg.group_size)                         # (B, G)
+    all_right = right.all(dim=1)                                                # (B,)
+    all_wrong = ~right.any(dim=1)
     learned = batch.mask & batch.kept[:, None]                                  # (N, T)
+    learned_tokens = max(1, int(learned.sum()))
     updates = max(1, sums["updates"])
     metrics = {
         "reward": batch.reward.mean(),
@@ -1329,13 +1341,13 @@ def measure(run, batch, sums):
         "entropy": batch.H.sum() / tokens,
         "response_tokens": tokens,
         "response_length": tokens / len(batch.ids),
-        "truncated": 1 - batch.ended.float().mean(),
+        "truncated": (~batch.ended).float().mean(),
         "groups": len(right),
-        "groups_all_right": int(right.all(dim=1).sum()),
-        "groups_all_wrong": int((~right).all(dim=1).sum()),
+        "groups_all_right": int(all_right.sum()),
+        "groups_all_wrong": int(all_wrong.sum()),
         "loss": world.sum(sums["loss"]) / updates,
         "grad_norm": sums["grad_norm"] / updates,
-        "clip_fraction": world.sum(sums["clipped"]) / max(1, int(learned.sum())),
+        "clip_fraction": world.sum(sums["clipped"]) / learned_tokens,
         "sampler_gap": batch.gap.sum() / tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -1344,10 +1356,11 @@ def measure(run, batch, sums):
     for phase in ("sample", "score", "update"):
         metrics[f"seconds_{phase}"] = world.clock[phase]
     credit = batch.credit[learned].abs().double()                               # (tokens,)
+    all_credit = credit.sum().clamp(min=1e-9)
     for code, name in enumerate(QUADRANTS, 1):
         here = batch.quadrant[learned] == code                                  # (tokens,)
-        metrics[f"tokens/{name}"] = here.sum() / max(1, len(here))
-        metrics[f"advantage/{name}"] = credit[here].sum() / credit.sum().clamp(min=1e-9)
+        metrics[f"tokens/{name}"] = here.sum() / learned_tokens
+        metrics[f"advantage/{name}"] = credit[here].sum() / all_credit
     return rounded(metrics)
 
 
@@ -1358,12 +1371,12 @@ def write_responses(run, step, name, problems, batch):
     with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as file:
         for i, text in enumerate(texts(run, batch)):
             number = int(batch.number[i])
-            tokens = int(batch.response_len[i])
-            entropy = round(float(batch.H[i].sum()) / tokens, 6)
-            row = {"step": step, "set": name, "number": number,
-                   "problem": problems[number].problem, "answer": problems[number].answer,
-                   "right": bool(batch.right[i]), "tokens": tokens, "ended": bool(batch.ended[i]),
-                   "entropy": entropy, "response": text}
+            problem = problems[number]
+            H = batch.H[i][batch.mask[i]]                                       # (tokens,)
+            row = {"step": step, "set": name, "number": number, "problem": problem.problem,
+                   "answer": problem.answer, "right": bool(batch.right[i]), "tokens": len(H),
+                   "ended": bool(batch.ended[i]), "entropy": round(float(H.mean()), 6),
+                   "response": text}
             file.write(json.dumps(row, default=str) + "\n")
 
 
@@ -1372,16 +1385,16 @@ def print_responses(run, problem, group):
     right and red for wrong responses, bold for tokens with entropy of at least mu_H."""
     run.world.print(f"  {problem.problem!r:.98}")
     colours = ["", "1;32", "32", "31", "1;31"]          # by quadrant code
-    codes = quadrants(group.right, group.H, group.mask, len(group.ids)).tolist()
+    codes = quadrants(group.right, group.H, group.mask, len(group.ids))
     for i in range(min(3, len(group.ids))):
-        text = ""
-        for token, code in zip(group.response(i)[:400], codes[i]):
-            piece = run.tokenizer.decode([token], skip_special_tokens=True)
-            if sys.stdout.isatty():
-                piece = f"\033[{colours[code]}m{piece}\033[0m"
-            text += piece
         verdict = "right" if group.right[i] else "wrong"
-        run.world.print(f"  {verdict}  {text}")
+        line = f"  {verdict}  "
+        for t, token in enumerate(group.response(i)[:400]):
+            text = run.tokenizer.decode([token], skip_special_tokens=True)
+            if sys.stdout.isatty():
+                text = f"\033[{colours[codes[i, t]]}m{text}\033[0m"
+            line += text
+        run.world.print(line)
 
 
 # --------------------------------------------------------------------------------------------------
