@@ -33,6 +33,7 @@ The file reads from the top like a newspaper, the method first and then what it 
 
     1 Settings    2 The algorithm    3 The loop: `train`, one step on one screen
     4 Rollouts    5 The policy       6 Problems    7 Evaluation and metrics
+    8 Credit, measured
     Appendices: A The verifier    B The machine    C The page    D The command line
 
 Run `python eapo.py` to watch a tiny model learn to carry digits, in about a minute on a laptop;
@@ -44,11 +45,13 @@ import argparse
 import cmath
 import contextlib
 import glob
+import html
 import json
 import math
 import os
 import platform
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -63,6 +66,7 @@ from functools import partial
 from itertools import groupby
 from operator import add, mul, sub, truediv
 from string import ascii_letters, digits
+from types import SimpleNamespace
 from zlib import crc32
 
 import datasets
@@ -142,6 +146,9 @@ class Config:
     eval_samples: int = flag(4, "responses per problem: the k of Avg@k and Pass@k")
     eval_temperature: float = flag(0.6, "of sampling in evaluations; 0: greedy")
     eval_top_p: float = flag(0.95, "of sampling in evaluations")
+    credit_problems: int = flag(0, "held-out problems in which true credit is measured, at "
+                                   "both ends of the run, with about 1600 continuations each at "
+                                   "most (part 8)")
     eval_only: bool = flag(False, "only evaluate, for instance with --model FOLDER/model")
 
     gpus: int = flag(0, "GPUs of this machine to use; 0: all", "the machine")
@@ -158,7 +165,7 @@ PRESETS = {         # a model's name, or a part of it, and the settings that suc
         train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1400,
         warmup_learning_rate=2e-3, steps=30, prompts_per_step=32, prompts_per_minibatch=8,
         resample=0, learning_rate=1e-4, top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
-        eval_samples=8, eval_temperature=1.0, eval_top_p=1.0, save_every=0),
+        eval_samples=8, eval_temperature=1.0, eval_top_p=1.0, credit_problems=4, save_every=0),
     "DeepScaleR-1.5B": dict(
         group_size=16, prompts_per_step=64, steps=900, max_prompt_tokens=2048,
         max_response_tokens=24576),
@@ -471,6 +478,7 @@ class Run:
     eval_sets: dict = field(default_factory=dict)       # {name: problems}
     history: list = field(default_factory=list)         # the rows of metrics.jsonl
     results: list = field(default_factory=list)         # of evaluations, as printed
+    page: dict = field(default_factory=dict)            # what report.html shows, Appendix C
     done: int = 0               # steps of the checkpoint that the run goes on from
     stopped: bool = False       # by a signal
 
@@ -516,6 +524,9 @@ class Batch:
     credit: torch.Tensor = None     # (N, T) what the loss takes as A: A^CA, or another rule's
     quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside the mask
     weight: torch.Tensor = None     # (N, T) what each token counts in the loss
+    V: torch.Tensor = None          # (N, T) chance before each token to be right, measured: part 8
+    I: torch.Tensor = None          # (N, T) true credit: what the token tells about that, nats
+    true_advantage: torch.Tensor = None     # (N, T) V behind the token minus V before it
 
     @property
     def mask(self):
@@ -1056,10 +1067,10 @@ def tiny_model(seed):
     """A Llama of 0.4M parameters with random weights, and its tokenizer.  -> lm, tokenizer
 
     The tokenizer's vocabulary is single characters and \\boxed{. Its chat template writes a problem
-    as it is.
+    as it is. The letters are for the task `chatter`.
     """
     # GPT-2's tokenizer without merges leaves every character by itself; it writes a space as Ġ.
-    pieces = ["<pad>", "<eos>", "<unk>", *"0123456789+=Ġ}", "\\boxed{"]
+    pieces = ["<pad>", "<eos>", "<unk>", *"0123456789+=Ġ}", "\\boxed{", *LETTERS]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = transformers.GPT2Tokenizer(
         vocab=vocabulary, merges=[], bos_token=None, pad_token="<pad>", eos_token="<eos>",
@@ -1088,14 +1099,17 @@ class Problem:
     ids: list = None            # the prompt as tokens
 
 
-def column_addition(a, b, rng):
+LETTERS = "abcdefghijklmnop"
+
+
+def column_addition(a, b, rng, letters):
     """A worked solution by someone who has not understood carrying: for 5170 + 6749 for example
 
         9+0=9 7+4=11 1+7=8 5+6=11 \\boxed{11819}        and with the carry  .. 7+4=11 1+7+1=9 ..
 
     Columns run from the right. Whether to write +1 or = is a decision that makes the answer right
     or wrong; which digit of a column comes first is one that does not matter; everything else is
-    routine.
+    routine. letters: how many letters without meaning follow each column.
     """
     columns = []
     result = ""
@@ -1107,12 +1121,13 @@ def column_addition(a, b, rng):
         x, y = rng.sample((x, y), 2)
         total = int(x) + int(y) + carry
         plus_one = "+1" if carry else ""
-        columns.append(f"{x}+{y}{plus_one}={total}")
+        babble = rng.choices(LETTERS, k=letters)
+        columns.append(f"{x}+{y}{plus_one}={total}" + "".join(babble))
         result = str(total % 10) + result
     return " ".join(columns) + f" \\boxed{{{total}{result[1:]}}}"
 
 
-def addition(split):
+def addition(split, letters=0):
     """Sums of two 4-digit numbers -> [Problem]. No problem is in two splits."""
     rng = random.Random(0)
     numbers = rng.sample(range(10 ** 8), 128 + 8192 + 20800)    # aaaabbbb stands for aaaa+bbbb
@@ -1121,14 +1136,60 @@ def addition(split):
     for number in parts[split]:
         a, b = divmod(number, 10 ** 4)
         problem = Problem(f"{a:04}+{b:04}=", answer=str(a + b))
-        problem.solution = column_addition(a, b, rng)
+        problem.solution = column_addition(a, b, rng, letters)
         problems.append(problem)
     return problems
 
 
-# A task of your own is a function like `addition`, and its name here. Its problems bring worked
-# solutions for the warm-up and, if the verifier does not suit them, a check of their own.
-TASKS = {"addition": addition}
+def chatter(split):
+    """The same sums, but the solutions babble: `9+0=9kcm 7+4=11pba ..`.
+
+    The letters are the most uncertain tokens (H = log 16 = 2.8 nats), and nothing depends on them.
+    A rule that takes entropy for importance gives them its credit, and takes it from the carries.
+    """
+    return addition(split, letters=3)
+
+
+def addition_kinds(tokens):
+    """What does each token of a column addition decide?  strings -> names, one per token
+
+    "order": which digit of the column comes first. "carry": whether +1 or = follows the two digits,
+    in all columns but the first, which has nothing to carry. "letter": chatter. "rest": all else.
+    """
+    kinds = []
+    column = 0
+    place = 0                   # in the column: 3 stands behind the two digits and their +
+    for token in tokens:
+        kind = "rest"
+        if token.isalpha():
+            kind = "letter"
+        elif place == 0 and token.isdigit():
+            kind = "order"
+        elif place == 3 and column > 0 and token in ("+", "="):
+            kind = "carry"
+        kinds.append(kind)
+        place += 1
+        if token == " ":
+            column += 1
+            place = 0
+    return kinds
+
+
+@dataclass
+class Task:
+    """A task that is made here. One of your own is a function like `addition` and an entry below.
+
+    Its problems bring their worked solutions for the warm-up and, if the verifier does not suit
+    them, a check of their own.
+    """
+    problems: object            # "train", "eval" or "warmup" -> [Problem]
+    kinds: object = None        # the tokens of a response, as strings -> the kind of each: part 8
+
+
+TASKS = {
+    "addition": Task(addition, addition_kinds),
+    "chatter": Task(chatter, addition_kinds),
+}
 
 COLUMNS = {         # what a column may be called; its own name wins
     "problem": ("problem", "question", "prompt"),
@@ -1143,7 +1204,7 @@ def load_problems(run, source, split):
     split: train, eval, or warmup, whose problems have a solution instead of an answer.
     """
     if source in TASKS:
-        problems = TASKS[source](split)
+        problems = TASKS[source].problems(split)
     else:
         with one_line_errors(source):
             rows = read_rows(source, split)
@@ -1259,7 +1320,10 @@ def evaluate(run, step):
         run.world.print("\n" + result)
         print_responses(run, problems[0], batch.rows(slice(0, k)))
         write_responses(run, step, name, problems, batch)
+        if name == list(run.eval_sets)[0]:
+            metrics |= look_closely(run, step, name, problems, batch)
     empty_sampler(run)
+    write_page(run, step, metrics)
     return metrics
 
 
@@ -1395,6 +1459,198 @@ def print_responses(run, problem, group):
                 text = f"\033[{colours[codes[i, t]]}m{text}\033[0m"
             line += text
         run.world.print(line)
+
+
+# --------------------------------------------------------------------------------------------------
+# Part 8. Credit, measured. The paper proves that entropy bounds what a token can tell about the
+# verdict r: I(o_t; r | s_t) <= H_t (Proposition 1). Where sampling is cheap, I can be measured:
+# stop before a token, try each likely token in its place, and finish the response many times.
+# --------------------------------------------------------------------------------------------------
+
+def true_credit(run, batch, problems, at_most, n=16):
+    """What was each token of some responses really worth? Sets V, I and true_advantage of a Batch.
+
+        V(s) = sum_v pi(v) V(s, v)                  the chance that the response will be right
+        I    = h(V(s)) - sum_v pi(v) h(V(s, v))     nats, h(x) = -x log x - (1 - x) log(1 - x)
+        true advantage = V(s, o) - V(s)             of the token o that was drawn
+
+    s is a prefix, v a likely token behind it, V(s, v) the share of n continuations that are right.
+    Responses are measured one after the other while there are fewer than at_most pairs (s, v) to
+    continue; later ones hold nan. problems: the list that the numbers of the batch point into.
+    """
+    batch.V = torch.full(batch.mask.shape, torch.nan)
+    batch.I = torch.full(batch.mask.shape, torch.nan)
+    batch.true_advantage = torch.full(batch.mask.shape, torch.nan)
+
+    # Something is decided only where there is more than one likely token. Responses to a problem
+    # begin alike: a beginning (number of the problem, s and v) is continued once for all of them.
+    decisions = []
+    to_finish = {}                                      # beginning -> the problem of finishing it
+    for i in range(len(batch.ids)):
+        if len(to_finish) >= at_most:
+            break
+        number = int(batch.number[i])
+        response = batch.response(i)
+        for t, p in enumerate(likely_tokens(run, batch, i)):                    # p (V,)
+            tokens = p.nonzero()[:, 0].tolist()
+            if len(tokens) == 1:
+                continue
+            beginnings = [(number, *response[:t], v) for v in tokens]
+            drawn = tokens.index(response[t])
+            decisions.append((i, t, p[tokens], beginnings, drawn))
+            for beginning in beginnings:
+                to_finish[beginning] = rest_of(run, problems[number], beginning[1:])
+        batch.V[i] = float(batch.right[i])              # as it is behind the last decision
+        batch.I[i] = 0
+        batch.true_advantage[i] = 0
+
+    run.world.print(f"measuring credit: {n * len(to_finish)} continuations")
+    numbered = list(enumerate(to_finish.values()))
+    tries = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
+    right = tries.right.reshape(-1, n).float()                                  # (beginnings, n)
+    value = dict(zip(to_finish, right.mean(dim=1)))
+
+    # The last decisions come first: each sets V of all tokens up to its own.
+    for i, t, pi, beginnings, drawn in reversed(decisions):
+        values = torch.stack([value[beginning] for beginning in beginnings])    # (K,)
+        V, I = value_and_information(pi, values, n)
+        batch.V[i, :t + 1] = V
+        batch.I[i, t] = I
+        batch.true_advantage[i, t] = values[drawn] - V
+
+
+@torch.no_grad()
+def likely_tokens(run, batch, i):
+    """What could have stood in the place of each token of response i?  -> pi (T, V)
+
+    pi is 0 but for the token drawn and, of the four likeliest, those with at least 1%; it is made
+    to add up to 1 again.
+    """
+    lm = fill_sampler(run)
+    start = int(batch.prompt_len[i])
+    end = start + int(batch.response_len[i])
+    ids = batch.ids[i, :end].to(lm.device)
+    logits = lm(ids[None]).logits[0, start - 1:end - 1].float()                 # (T, V)
+    pi = (logits / run.cfg.eval_temperature).softmax(dim=-1)
+    fourth = pi.topk(4).values[:, 3:]                                           # (T, 1)
+    unlikely = pi < fourth.clamp(min=0.01)
+    unlikely.scatter_(1, ids[start:, None], False)      # the one drawn
+    pi = pi.masked_fill(unlikely, 0)
+    return (pi / pi.sum(dim=-1, keepdim=True)).cpu()
+
+
+def rest_of(run, problem, begun):
+    """The problem of finishing a response that has begun with these tokens, if it is not over."""
+    text = run.tokenizer.decode(begun, skip_special_tokens=True)
+    over = begun[-1] in run.stop_ids
+    check_all = problem.check or is_correct
+
+    def check(rest, answer):
+        return check_all(text if over else text + rest, answer)
+    return Problem(problem.problem, problem.answer, check=check, ids=[*problem.ids, *begun])
+
+
+def value_and_information(pi, values, n):
+    """V(s) and I at a prefix, from pi(v) and V(s, v), (K,) both."""
+    def h(x, variance):
+        # h is concave, so h of an estimate is too low, on average by variance / 2x(1 - x). Left
+        # uncorrected, I would be too high by about (1 - sum pi^2) / 2n. Up to 1 / 4n remain where
+        # V is near 0 or 1.
+        entropy = -torch.special.xlogy(x, x) - torch.special.xlogy(1 - x, 1 - x)
+        spread = x * (1 - x)
+        missing = torch.where(spread > 0, variance / (2 * spread), 0)
+        return entropy + missing
+
+    V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
+    variance = values * (1 - values) / n                                        # (K,)
+    variance_of_V = (pi.square() * variance).sum()
+    doubt_before = h(V, variance_of_V)
+    doubt_after = (pi * h(values, variance)).sum()
+    return V, doubt_before - doubt_after
+
+
+def look_closely(run, step, name, problems, batch):
+    """Measure the credit in a few problems at both ends of the run, and show the first -> metrics
+
+    The first evaluation chooses those of which about half of the responses are right: there is the
+    most credit to give.
+    """
+    cfg = run.cfg
+    k = cfg.eval_samples
+    if not run.page:
+        share = batch.right.reshape(-1, k).float().mean(dim=1)                  # (problems,)
+        order = (share - 0.5).abs().argsort(stable=True)
+        how_many = max(1, cfg.credit_problems)
+        run.page["problems"] = order[:how_many].tolist()
+    chosen = torch.tensor(run.page["problems"])
+    few = batch.rows(torch.isin(batch.number, chosen))
+    few.advantage = group_advantages(few.reward, k).nan_to_num()    # a group of one has no std
+
+    metrics = {}
+    wanted = cfg.credit_problems > 0 and cfg.eval_temperature > 0
+    if wanted and step in (0, cfg.steps):
+        true_credit(run, few, problems, at_most=100 * cfg.credit_problems)
+        metrics = compare_credit(run, name, few)
+    first = few.rows(slice(0, k))
+    show_responses(run, step, problems[int(first.number[0])], first)
+    return metrics
+
+
+def compare_credit(run, name, batch):
+    """Print which kinds of token hold the credit, and which rules of credit find it -> metrics"""
+    measured = batch.mask & ~batch.I.isnan()                                    # (N, T)
+    responses = int(measured[:, 0].sum())
+    kinds = token_kinds(run, name, batch)
+    kinds["all"] = batch.mask
+    metrics = {}
+    run.world.print(f"  in {responses} responses:\n"
+                    "              tokens   H and I, nats per response     I/H")
+    for kind, where in kinds.items():
+        here = where & measured
+        tokens = float(here.sum() / measured.sum())
+        H = float(batch.H[here].sum() / responses)
+        I = float(batch.I[here].sum() / responses)
+        ratio = I / max(H, 1e-9)
+        metrics[f"credit/{kind}/tokens"] = tokens
+        metrics[f"credit/{kind}/H"] = H
+        metrics[f"credit/{kind}/I"] = I
+        run.world.print(f"  {kind:10} {tokens:7.1%} {H:16.3f} {I:11.3f} {ratio:7.3f}")
+
+    # Over all measured tokens of the groups that are neither all right nor all wrong.
+    mixed = measured & (batch.advantage != 0)[:, None]
+    credits = {method: credit_by(run, batch, method) for method in CREDIT_RULES}
+    credits["eapo-1.9"] = credit_by(run, batch, "eapo", alpha=1.9, phi=2.0)
+    line = "  cosine with the true advantage:"
+    for method, credit in credits.items():
+        cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
+        metrics[f"credit/cosine/{method}"] = float(cosine)
+        line += f"  {method} {cosine:.2f}"
+    if not mixed.any():
+        line = "  no credit to compare: all groups are all right or all wrong"
+    run.world.print(line)
+    return {key: round(x, 6) for key, x in metrics.items()}
+
+
+def credit_by(run, batch, method, **changes):
+    """What a rule of credit gives the tokens of an evaluation, whose groups are of eval_samples."""
+    settings = asdict(run.cfg) | {"group_size": run.cfg.eval_samples} | changes
+    credit = CREDIT_RULES[method](batch, SimpleNamespace(**settings))
+    return credit.masked_fill(~batch.mask, 0)
+
+
+def token_kinds(run, name, batch):
+    """Where are the tokens of each kind?  -> {kind: (N, T) bool}, empty if the task has no kinds"""
+    where = {}
+    task = TASKS.get(name)
+    if task is None or task.kinds is None:
+        return where
+    for i in range(len(batch.ids)):
+        tokens = [run.tokenizer.decode([token]) for token in batch.response(i)]
+        for t, kind in enumerate(task.kinds(tokens)):
+            if kind not in where:
+                where[kind] = torch.zeros(batch.mask.shape, dtype=torch.bool)
+            where[kind][i, t] = True
+    return where
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2035,7 +2291,7 @@ def checkpoint_state(run, step):
     problems = [(problem.problem, str(problem.answer)) for problem in run.stream.problems]
     data = crc32(json.dumps(problems).encode())         # to notice other data on resume
     return {"model": model, "optimizer": moments, "step": step, "position": run.stream.position,
-            "data": data}
+            "data": data, "page": json.dumps(run.page)}
 
 
 def save_checkpoint(run, step):
@@ -2061,6 +2317,7 @@ def load_checkpoint(run):
                        optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
+    run.page = json.loads(state["page"])
 
     # The steps behind the checkpoint will be done again: take them out of the logs.
     for name in ("responses.jsonl", "metrics.jsonl"):
@@ -2073,6 +2330,215 @@ def load_checkpoint(run):
         if run.world.rank == 0:
             replace_file(path, "".join(kept))
     run.history = [json.loads(line) for line in kept]
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix C. The page, report.html: where does the credit go? It runs no script and loads nothing,
+# and what comes from a model or a file can only be text in it.
+# --------------------------------------------------------------------------------------------------
+
+PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Where does the credit go?</title><style>
+:root { color-scheme: light dark; --H: #f3bd63; --I: #b4540a; --up: #2c9a4b; --down: #dd4840 }
+body { max-width: 1200px; margin: auto; padding: 16px 20px 90px; overflow-wrap: anywhere;
+  background: Canvas; color: CanvasText; font: 16px/1.5 system-ui, sans-serif }
+main { display: grid; grid-template-columns: minmax(0, 1fr) 300px; gap: 0 48px }
+@media (max-width: 900px) { main { grid-template-columns: minmax(0, 1fr) } }
+h2 { margin: 16px 0 0; font-size: 20px }  figure { margin: 24px 0 }  code { font-size: 14px }
+svg { width: 100%; max-width: 420px; font-size: 12px; fill: CanvasText }
+fieldset { display: inline-block; margin: 8px 12px 8px 0; border: 1px solid #8886;
+  border-radius: 8px }
+label { display: inline-block; padding: 4px 8px 4px 0; cursor: pointer }
+pre { position: relative; margin: 8px 0 24px; font: 17px ui-monospace, monospace;
+  white-space: normal }
+span { display: inline-grid; grid-template-rows: 44px auto auto; min-width: 12px;
+  padding: 0 2px 8px; text-align: center; white-space: pre; vertical-align: top }
+.fork { font-weight: 900 }
+span:is(:hover, :focus) { background: #8883; outline: 1px solid #888 }
+span:is(:hover, :focus)::after { content: attr(data-t); position: absolute; z-index: 1; left: 0;
+  top: 100%; padding: 4px 8px; background: CanvasText; color: Canvas; white-space: pre-wrap;
+  font: 14px/1.5 system-ui, sans-serif; text-align: left }
+i { border-radius: 2px; max-height: 100% }  i.key { display: inline-block; padding: 6px }
+.H { align-self: end; display: grid; background: var(--H) }
+.I { align-self: end; background: var(--I) }
+.up, .down { grid-area: 3 / 1; background: var(--up) }  .down { background: var(--down) }
+body:has(#base:checked) .latest, body:has(#latest:checked) .base,
+body:has(#grpo:checked) :is(.rule, .gap), body:has(#rule:checked) :is(.grpo, .gap),
+body:has(#gap:checked) :is(.grpo, .rule) { display: none }
+</style><h1>Where does the credit go?</h1>"""
+
+
+def shown(text):
+    """Text from outside as HTML: escaped, and what cannot be printed made visible."""
+    visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return html.escape(visible)
+
+
+def show_responses(run, step, problem, group):
+    """Make a section of the page and keep it in run.page: some responses, with bars at each token.
+
+    group: a Batch of responses to one problem with advantages, and with V and I if measured.
+    """
+    rule, enlarged = page_rule(run.cfg)
+    if "rows" not in run.page:          # two right and two wrong ones; later, the same tries
+        right = group.right.nonzero()[:2, 0].tolist()
+        wrong = (~group.right).nonzero()[:2, 0].tolist()
+        run.page["rows"] = right + wrong
+        run.page["pixels"] = 44 / max(0.7, float(group.H.max()))        # per nat, of H and I
+    pixels = run.page["pixels"]
+    mu, _ = entropy_mean_and_std(group.H, group.mask, len(group.ids))
+    fork = group.mask & (group.H >= mu)                                         # (G, T)
+    facts = {
+        "p": group.old_logp.exp(),
+        "H": group.H,
+        "GRPO": credit_by(run, group, "grpo"),
+        rule: credit_by(run, group, rule.lower()),
+    }
+    tokens = int(group.mask.sum())
+    text = (f"{int(group.right.sum())} of {len(group.ids)} responses are right. Forks are "
+            f"{int(fork.sum()) / tokens:.0%} of the tokens")
+    if group.advantage.any():
+        for name in ("GRPO", rule):
+            size = facts[name].abs()
+            text += f"; {name} gives them {float(size[fork].sum() / size.sum()):.0%} of the credit"
+    if group.I is not None:
+        facts |= {"I": group.I, "V": group.V}           # nan in responses that were not measured
+        measured = (~group.I.isnan()) & group.mask
+        responses = measured[:, 0].sum()
+        total = group.I[measured].sum() / responses
+        held = group.I[measured & fork].sum().clamp(min=0) / responses
+        text += f"; of {total:.2f} nats of true credit per response, they hold {held:.2f}"
+
+    which = "base" if step == 0 else "latest"
+    section = f'<section class="{which}"><h2>{shown(problem.problem)}</h2><p>{text}.</p>'
+    for i in run.page["rows"]:
+        verdict = "right" if group.right[i] else "wrong"
+        section += f"<b>{verdict}, A = {group.advantage[i]:+.2f}</b><pre>"
+        for t, token in enumerate(group.response(i)[:400]):
+            numbers = {name: float(x[i, t]) for name, x in facts.items() if not x[i, t].isnan()}
+            bars = bars_html(numbers, rule, enlarged, pixels)
+            told = ", ".join(f"{name} {x:.3f}" for name, x in numbers.items())
+            focus = 'class="fork" tabindex="0"' if fork[i, t] else 'tabindex="-1"'
+            text = shown(run.tokenizer.decode([token])).replace(" ", "·")
+            section += f'<span {focus} data-t="{text}   {told}">{bars}{text}</span>'
+        section += "</pre>"
+    run.page[which] = section + "</section>"
+
+
+def page_rule(cfg):
+    """The rule that the page holds against GRPO, and how many times it enlarges the difference."""
+    if cfg.method in ("grpo", "eapo"):
+        return "EAPO", cfg.phi / max(cfg.alpha, cfg.phi / 100)      # it is at most |A| alpha / phi
+    return cfg.method.upper(), 1.0
+
+
+def bars_html(numbers, rule, enlarged, pixels):
+    """The bars at a token: H, and within it I, above it, and three below it, of which one is shown.
+    """
+    def bar(names, height, inside=""):
+        return f'<i class="{names}" style="height: {height:.0f}px">{inside}</i>'
+
+    I_bar = ""
+    if numbers.get("I", math.nan) > 0:
+        I_bar = bar("I", numbers["I"] * pixels)
+    bars = bar("H", numbers["H"] * pixels, I_bar)
+    gap = enlarged * (numbers[rule] - numbers["GRPO"])
+    for name, x in (("grpo", numbers["GRPO"]), ("rule", numbers[rule]), ("gap", gap)):
+        side = "up" if x > 0 else "down"
+        bars += bar(f"{name} {side}", 14 * abs(x))
+    return bars
+
+
+def write_page(run, step, metrics):
+    """Write report.html. metrics: those of the evaluation at this step, not yet in the history."""
+    if run.world.rank > 0 or not run.eval_sets:
+        return
+    cfg = run.cfg
+    name = list(run.eval_sets)[0]
+    avg = f"Avg@{cfg.eval_samples}"
+    points = []                 # (step, low, Avg@k, high, entropy)
+    keys = ("avg_low", avg.lower(), "avg_high", "entropy")
+    for row in run.history + [{"step": step, **metrics}]:
+        values = [row.get(f"eval/{name}/{key}") for key in keys]
+        if None not in values:
+            points.append((row["step"], *values))
+    scores = [(x, low, y, high) for x, low, y, high, _ in points]
+    entropies = [(x, H, H, H) for x, _, _, _, H in points]
+    _, first_low, first, first_high = scores[0]
+    _, low, latest, high = scores[-1]
+    verdict = "no difference is shown, as the 95% intervals overlap"
+    if low > first_high:
+        verdict = "better, and the 95% intervals do not overlap"
+    if high < first_low:
+        verdict = "worse, and the 95% intervals do not overlap"
+
+    models = {"base": "the base", "latest": f"step {step}"}
+    models = {which: text for which, text in models.items() if which in run.page}
+    rule, enlarged = page_rule(cfg)
+    credits = {"rule": rule, "grpo": "GRPO", "gap": f"{rule} − GRPO, {enlarged:.3g} times as high"}
+    sections = "".join(run.page[which] for which in models)
+    replace_file(f"{run.out}/report.html", f"""{PAGE_HEAD}
+<p>{cfg.method.upper()}, step {step} of {cfg.steps}. {avg} on {shown(name)}: {first:.3f} at the base,
+{latest:.3f} now; {verdict}.
+<br><code>{shown(command(cfg))}</code></p>
+{switch("Responses of", models)}{switch("Credit", credits)}
+<p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
+within that, where it was measured, <i class="I key"></i> its true credit I, how much of the doubt
+about the verdict it removed, both in nats. I is never larger than H, but for the error of
+sampling. Below each token: the credit it was given, <i class="up key"></i> up or
+<i class="down key"></i> down. Forks, with H at or above the mean of the {cfg.eval_samples}
+responses, are bold. Point at a token, tap it, or press Tab for its numbers; p is its probability,
+V the chance before it that the answer will be right.</p>
+<main><div>{sections}
+<p>Entropy is not surprise. It says how unsure the model was before it drew a token, not how
+unlikely the token is that it drew. A slip, drawn with p near 0 where the model was sure, has a low
+H, and EAPO blames it less than GRPO does, even if it cost the answer.</p></div>
+<aside>{curve(f"{avg} on {name}, with its 95% interval", scores)}
+{curve(f"Entropy on {name}, nats", entropies)}</aside></main>""")
+
+
+def switch(legend, options):
+    """Radio buttons, of which the first is on. The style of the page says what each one hides."""
+    buttons = ""
+    for name, text in options.items():
+        checked = " checked" if buttons == "" else ""
+        buttons += (f'<label><input type="radio" name="{legend}" id="{name}"{checked}>{text}'
+                    "</label> ")
+    return f"<fieldset><legend>{legend}</legend>{buttons}</fieldset>"
+
+
+def curve(title, points):
+    """A figure of (step, low, value, high), from 0 up, with low to high shaded."""
+    last = max(1, points[-1][0])
+    top = max(1e-6, *(high for *_, high in points))
+
+    def at(step, y):
+        x = 36 + 280 * step / last
+        return f"{x:.1f},{104 - 96 * y / top:.1f}"
+    line = [at(step, y) for step, _, y, _ in points]
+    band = [at(step, high) for step, _, _, high in points]
+    band += [at(step, low) for step, low, _, _ in reversed(points)]
+    return f"""<figure><svg viewBox="0 0 330 124">
+<path d="M36 8V104H316" stroke="#888" fill="none"/>
+<polygon points="{" ".join(band)}" fill="#2f7de155" stroke="#2f7de155"/>
+<polyline points="{" ".join(line)}" fill="none" stroke="#2f7de1" stroke-width="2"/>
+<text y="14">{top:.2f}</text><text y="108">0</text><text x="36" y="120">0</text>
+<text x="316" y="120" text-anchor="end">step {last}</text></svg><figcaption>{shown(title)}:
+{points[0][2]:.3f} &rarr; {points[-1][2]:.3f}</figcaption></figure>"""
+
+
+def command(cfg):
+    """The command line of a run: all settings that differ from the defaults for its model."""
+    usual = asdict(Config(**preset(cfg.model)))
+    words = ["python eapo.py"]
+    for name, x in asdict(cfg).items():
+        if x is True:
+            words.append(flag_name(name))
+        elif x != usual[name] and name != "resume":
+            words.append(f"{flag_name(name)} {shlex.quote(str(x))}")
+    return " ".join(words)
 
 
 # --------------------------------------------------------------------------------------------------
