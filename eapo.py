@@ -63,10 +63,10 @@ from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
-from itertools import groupby
 from operator import add, mul, sub, truediv
 from string import ascii_letters, digits
 from types import SimpleNamespace
+from typing import NamedTuple
 from zlib import crc32
 
 import datasets
@@ -1654,250 +1654,578 @@ def token_kinds(run, name, batch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix A. The verifier: is the boxed answer equal to the gold? (For how, come back later.) It scans
-# LaTeX into tokens, reads them with a calculator and compares values. No algebra is needed: two
-# polynomials of degree d agree at a point drawn from N numbers with probability d/N at most, as
-# their difference has at most d roots (Schwartz and Zippel). So each variable gets three pseudo-
-# random values. Fractions stay exact; roots, pi and sines are good to nine digits.
+# Appendix A. The verifier: does the last \boxed{} of a response hold the gold answer? One value has
+# many spellings, like 1/2, 0.5 or \frac{2}{4}, so this is a calculator. It takes three steps.
 # --------------------------------------------------------------------------------------------------
+#
+#     scan_tokens     characters to tokens    \dfrac12x  ->  \frac 12 x
+#     read_answer     tokens to values        an operator-precedence (Pratt) parser: 1/2 times x
+#     values_agree    values to a verdict     exact, unless a root, \pi or a decimal is involved
+#
+# Why it needs no algebra. To see that (x+1)^2 is x^2+2x+1, compute both at a few values of x. Two
+# different polynomials of degree d agree for at most d values of x. If x is drawn from N numbers,
+# they agree with probability d/N at most (Schwartz and Zippel). Here N is 996: with d = 10 that is
+# 1%, too often for a run that marks a million responses, but at three points one in a million. The
+# points are fractions, so that polynomials are compared without rounding errors. They lie between
+# 1 and 2, so that powers stay small and logarithms real, and their denominator is the prime 997, so
+# that no simple equation happens to hold. They are computed from the name of the variable, which
+# therefore has the same values in both answers.
+#
+# The grammar, with the separators from loose to tight:
+#
+#     answer   = sum {separator sum}                  \\   &   ,   = ≠ < > ≤ ≥   :
+#     sum      = [sign] product {sign product}
+#     product  = power {["*" | "/"] power}            from left to right: 1/2x is (1/2)x
+#     power    = operand ["^" [sign] operand] [unit]  2^3^2 is refused, as TeX refuses it
+#     operand  = number [\frac..] | name | (answer) | [answer] | {answer} | \{answer\}
+#              | \begin{..} answer \end{..} | \frac argument argument
+#              | \sqrt ["[" answer "]"] argument | \sin ["^" operand] (bracket | product)
+#     argument = operand | digit                      \frac12 is 1/2
+#
+# Ignored are spaces, dollars, sizes and fonts, a full stop at the end, the order of lists and sets,
+# a name in front (AB = 5, f(x) = 2x), units behind (in \text{}, or bare ones from a list), degrees,
+# and a base that only the gold states (204_5). Not ignored are the order in points, the kind of
+# brackets, repeated elements, other letters (4abcd is a product), and a variable that cancels (5+0x
+# is not 5). Variables stand for positive numbers: \sqrt{x^2} is x.
+# Two forms have two readings, either of which may match: 1,234 is a number or a list, 50% is 50 or
+# 1/2. A gold that is a decimal of three or more digits stands for all that rounds to it: 50/3 is
+# right if the gold is 16.67. But 16.67 is wrong if the gold is 50/3, which takes six digits.
+# What it cannot read (|x|, n!, \binom, \sum, ...) only equals the same tokens.
 
-LONGEST, MOST_TOKENS, MOST_BITS, ZERO = 500, 120, 23_000, [Fraction(0)]     # bits of a fraction
-ALIASES = {other: token for token, others in {
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom", r"\sqrt": "√ sqrt",
-    "π": r"\pi pi", r"\infty": "∞", r"\emptyset": r"\varnothing", "-": "− –", "±": r"\pm",
-    "*": r"\cdot \times × ·", "/": r"\div ÷", "(": r"\langle", "}": r"\}",
-    "=": r"\in \approx", "≠": r"\ne \neq", "≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant",
-    ",": r"; and or OR \cup ∪", "%": r"\% percent", ")": r"\rangle", r"\log": r"\ln ln log",
-    "°": r"\circ \degree degree degrees", "|": r"\vert \lvert \rvert", '"unit': "cm mm km kg",
-    "": r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \, \; \: \! \( \) $ \$ ~ \displaystyle",
-    r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm \mathbf \mathbb \operatorname",
-}.items() for other in others.split()}
-KINDS = {**dict.fromkeys(ascii_letters, "letter"), **dict.fromkeys(digits + ".", "digit")}
-CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "%": Fraction(1, 100), "°": Fraction(1)}
-FUNCTIONS = {"\\" + name: getattr(cmath, name) for name in "sin cos tan exp log".split()} | {
-    r"\sec": lambda z: 1 / cmath.cos(z), r"\arcsin": cmath.asin, r"\arctan": cmath.atan,
-    r"\csc": lambda z: 1 / cmath.sin(z), r"\cot": lambda z: 1 / cmath.tan(z)}
-OPERATIONS = {
-    "+": add, "-": sub, "*": mul, "/": truediv, "^": pow, r"\frac": truediv, "|": abs, **FUNCTIONS,
-    "!": lambda n: Fraction(math.factorial(int(str(n)))),            # int("1/2") is a ValueError
-    r"\binom": lambda n, k: Fraction(math.comb(int(str(n)), int(str(k))))}
-BRACKETS = {"$": "$", "(": ")]", "[": ")]", "{": "}", r"\{": "}", "|": "|", r"\begin": r"\end"}
-RELATION, SUM, PRODUCT, FACTOR, POWER = 4, 6, 7, 8, 9                # how tight operators bind
-LEVEL = {**dict.fromkeys([*"$)]}|", r"\end"], 0), r"\\": 1, "&": 2, ",": 3, ":": 5, "+": SUM,
-         "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, **dict.fromkeys(FUNCTIONS, PRODUCT),
-         **dict.fromkeys("=≠<≤>≥", RELATION)}
+LONGEST_ANSWER = 500    # characters: work is bounded before it is done, so no time-out is needed
+MOST_TOKENS = 120       # of an answer; longer ones only equal the same tokens
+MOST_BITS = 10_000      # of an exact number: 9^{9^9} is refused before it is computed
 
+# Other notation for a token, and in the end notation that says nothing about the value.
+SPELLINGS = {
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "√ sqrt", r"\pi": "π pi", r"\theta": "θ",
+    r"\infty": "∞", r"\emptyset": r"\varnothing ∅", r"\log": r"\ln ln log", "-": "− – — ‐ ‑ ‒ ―",
+    "*": r"\cdot \times \ast × · ⋅ ∙ ∗ •", "/": r"\div ÷ ∕ ⁄ ／", "±": r"\pm", "}": r"\}",
+    "=": r"\in \approx ≈", "≠": r"\ne \neq", "<": r"\lt", "≤": r"\le \leq \leqslant", ">": r"\gt",
+    "≥": r"\ge \geq \geqslant", ",": r"; and or OR \cup ∪", "(": r"\langle", ")": r"\rangle",
+    "%": r"\% percent", "°": r"\circ \degree degree degrees",
+    r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm",
+    "": r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \large \Large \bf \mathbf
+            \mathbb \boldsymbol \quad \qquad \, \; \: \! \( \) \[ \] $ \$ ~ \angle""",
+}
+SPELLED = {other: token for token, others in SPELLINGS.items() for other in others.split()}
 
-def extract_answer(response):
-    """The content of the last complete \\boxed{...}; None if there is none among the last 20."""
-    for piece in reversed(response.rsplit(r"\boxed{", 20)[1:]):
-        depth = 1
-        for i, (before, character) in enumerate(zip(" " + piece, piece[:LONGEST])):
-            depth += {"{": 1, "}": -1}.get(character, 0) * (before != "\\")
-            if depth == 0:
-                return piece[:i]
+# Variables besides single letters, units outside \text{}, and single letters that are units within.
+SYMBOLS = set(r"""\alpha \beta \gamma \delta \epsilon \theta \lambda \mu \rho \sigma \tau \phi
+                  \varphi \omega \Delta \Omega \infty \emptyset \triangle""".split())
+UNITS = set("""cm mm km kg ft mph square cubic units inches feet yards miles meters pounds dollars
+               cents hours minutes seconds days years""".split())
+LETTER_UNITS = set("mghsLNJWVACFK")
+NO_UNITS = {"half", "dozen", "hundred", "thousand", "million", "billion", "am", "pm", "AM", "PM"}
+CAPITAL_WORDS = {"YES", "NO", "TRUE", "FALSE", "NONE"}     # other capitals are points: ABC
 
+CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, "°": Fraction(1)}  # 60^\circ is 60^1
+FUNCTIONS = {
+    r"\sin": cmath.sin, r"\cos": cmath.cos, r"\tan": cmath.tan, r"\log": cmath.log,
+    r"\exp": cmath.exp, r"\arcsin": cmath.asin, r"\arccos": cmath.acos, r"\arctan": cmath.atan,
+    r"\sec": lambda z: 1 / cmath.cos(z), r"\csc": lambda z: 1 / cmath.sin(z),
+    r"\cot": lambda z: 1 / cmath.tan(z)}
+ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv, "^": pow}
+BRACKETS = {"(": ")]", "[": ")]", "{": "}", r"\{": "}", r"\begin": [r"\end"]}  # what closes them
+RELATIONS = "=≠<≤>≥"
+DIGITS = digits + "."   # what a number starts with
+END = "end of the answer"
 
-def scan(text, thousands):
-    """The tokens of LaTeX; mere notation leaves none, a subscript stays with its symbol: 204_5. A
-    quote marks words: letters in \\text{..} and runs of over three. Other runs are products."""
-    runs, tokens, prose = [], [""], False
-    for kind, run in groupby(text, KINDS.get):                       # "12", "abc", but "+", "{"
-        runs += ["".join(run)] if kind else run
-    runs.reverse()                                                   # the next run is the last
-    while runs:
-        run, last = runs.pop(), tokens[-1]
-        if run == "\\" and runs:
-            run += runs.pop()
-        elif run[0] in digits and last in (r"\frac", r"\sqrt", r"\binom"):
-            runs += [run[1:]] * (len(run) > 1)                       # TeX takes one digit: \frac12
-            run = run[0]
-        token, coming = ALIASES.get(run, run), runs[-1] if runs else ""
-        if token in ("_", r"\begin", r"\end"):
-            size = 3 if coming == "{" else 1                         # {12} or 12
-            group = "".join(runs.pop() for _ in runs[-size:])
-            tokens[-1:] = [last + "_" + group.strip("{}")] if token == "_" else [last, token]
-        elif token == r"\text" or prose and token == "}":
-            prose = token == r"\text" and coming == "{" and bool(runs.pop())
-        elif token == "," and thousands and last.isdecimal() and tokens[-2] not in ("(", "[", ",") \
-                and coming[:3].isdecimal() and len(coming.split(".")[0]) == 3:
-            tokens[-1] += runs.pop()                                 # 1,234
-        elif token != run or run[0] not in ascii_letters:
-            tokens += [token] * (token.strip() not in ("", "\\") and not token == last == ",")
-        elif run not in CONSTANTS and (prose or len(run) > 3 or run == text and len(run) > 2):
-            word = run.lower() if len(run) > 1 else run              # "two lines" is one word
-            tokens[-1:] = [last + word] if last[:1] == '"' else [last, '"' + word]
-        else:
-            tokens += run
-    return tokens[1:]
-
-
-def compute(symbol, *numbers):
-    """The results of an operation at each point, unless they have too many digits: 9^{9^{9^9}}."""
-    size = lambda x: (abs(x.numerator) + x.denominator).bit_length() if type(x) is Fraction else 1
-    grows, points = symbol in ("^", "!", r"\binom"), max(map(len, numbers))
-    rows = [*zip(*(number * (points // len(number)) for number in numbers))]
-    for row in rows:
-        if max(size(row[0]) * abs(row[-1] if grows else 1), size(row[-1])) > MOST_BITS:
-            raise ValueError("too many digits")
-    return [OPERATIONS[symbol](*row) for row in rows]
-
-
-def expression(tokens, level=0):
-    """The value of what follows, as far as it binds tighter than `level`: operator precedence.
-    expression = [sign] operand {operator expression | "!" | unit}
-    operand    = number | name | word | bracket expression bracket | \\frac operand operand
-                 | \\sin ["^" operand] expression | \\sqrt ["[" expression "]"] operand
-
-    A number is a list, of one value or of three where variables touch it; all else is a tuple of
-    kind and parts: , \\{} in any order, () (] [) [] & \\\\ : in order, = <, _ with a base."""
-    whole = tokens[-1].isdecimal()
-    sign = tokens.pop() if tokens[-1] in ("-", "+") else ""
-    value = compute(sign, ZERO, expression(tokens, max(level, SUM))) if sign else operand(tokens)
-    if whole and tokens[-1] == r"\frac":                             # 1\frac45 is 1 + 4/5
-        part = operand(tokens)
-        mixed = len(part) == 1 and type(part[0]) is Fraction and part[0] < 1
-        value = compute("+" if mixed else "*", value, part)
-    while True:
-        symbol = tokens[-1]
-        strength = LEVEL.get(symbol, 0 if symbol[0] in digits + "." else FACTOR)
-        if symbol == "!":
-            value = compute(tokens.pop(), value)
-        elif symbol[0] == '"':
-            expression(tokens, FACTOR)                               # a unit, and the 2 of cm^2
-        elif strength <= level:
-            return value
-        elif strength < SUM:
-            value = (symbol, value)
-            while tokens[-1] == symbol:
-                tokens.pop()
-                value += (expression(tokens, strength),)
-            if symbol in ">≥":                                       # 3 > x is x < 3
-                value = ("<" if symbol == ">" else "≤", *reversed(value[1:]))
-        else:
-            operator = tokens.pop() if symbol in (*"+-*/^",) else "*"
-            value = compute(operator, value, expression(tokens, strength + (strength == PRODUCT)))
-
-
-def operand(tokens):
-    """The value of a number, variable, bracket or function."""
-    token = tokens.pop()
-    name, _, index = token.partition("_")
-    if token[0] in digits + ".":
-        whole, _, part = name.partition(".")
-        value = [Fraction(int(whole + part), 10 ** len(part))]
-        return ("_", value, [Fraction(int(index))]) if index else value
-    if token in CONSTANTS:
-        return [CONSTANTS[token]]
-    if token in BRACKETS:
-        value, closer = expression(tokens), tokens.pop()
-        if closer not in BRACKETS[token]:
-            raise ValueError(token + closer)
-        if value[0] == "," and token in ("(", "[", r"\{"):
-            return (token + closer, *value[1:])
-        return compute(token, value) if token in OPERATIONS else value
-    if name in FUNCTIONS:                                            # \sin^2 2x is (sin(2x))^2
-        exponent = operand(tokens) if tokens[-1] == "^" and tokens.pop() else [Fraction(1)]
-        inner = operand(tokens) if tokens[-1] in BRACKETS else expression(tokens, PRODUCT)
-        value = compute("^", compute(name, inner), exponent)
-        return compute("/", value, [math.log(int(index))]) if index else value
-    if token in (r"\frac", r"\binom"):
-        return compute(token, operand(tokens), operand(tokens))
-    if token == r"\sqrt":
-        degree = operand(tokens) if tokens[-1] == "[" else [Fraction(2)]
-        return compute("^", operand(tokens), compute("/", [Fraction(1)], degree))
-    if not token.strip('\\"')[:1].isalpha():
-        raise ValueError(token)
-    return [1 + Fraction(crc32(f"{token}{k}".strip('"').encode()) % 1994, 997) for k in "123"]
-
-
-def calculate(tokens):
-    """The value of an answer; with ± in it, the list of both values."""
-    if "±" in tokens:
-        return (",", *(calculate([sign if t == "±" else t for t in tokens]) for sign in "+-"))
-    return operand(["$", *reversed(tokens), "$"])                    # the next token is the last
-
-
-def as_intervals(tokens):
-    """Inequalities in a variable as intervals: x > 3 as (3, \\infty), 1 < x \\le 2 as (1, 2]."""
-    result = []
-    for _, piece in groupby(tokens, lambda t: t == ","):
-        sides = [[*side] for _, side in groupby(piece, lambda t: t in (*"<≤>≥",))]
-        if sides[1:2] and sides[1][0] in ">≥":                       # from low to high
-            sides = [[{">": "<", "≥": "≤"}.get(t, t) for t in side] for side in sides[::-1]]
-        if len(sides) == 3:                                          # x < 3, or 3 < x
-            sides = [["-", r"\infty"], ["<"], *sides] if sides[0][0].isalpha() else \
-                [*sides, ["<"], [r"\infty"]]
-        if len(sides) == 5 and len(sides[2]) == 1 and sides[2][0].isalpha():
-            low, first, _, second, high = sides
-            sides = [["[" if first == ["≤"] else "("], low, [","], high,
-                     ["]" if second == ["≤"] else ")"]]
-        result += sum(sides, [])
-    return result
-
-
-def agree(ours, theirs, slack):
-    """Whether values are equal: to a relative slack, structures by parts, equations by a factor."""
-    kinds = {value[0] if type(value) is tuple else "" for value in (ours, theirs)}
-    unordered = kinds <= {",", r"\{}"}
-    if kinds == {"", "_"}:                                           # 204 is 204_5
-        return agree(*(v[1] if v[0] == "_" else v for v in (ours, theirs)), slack)
-    if len(ours) != len(theirs) or len(kinds) > 1 and not unordered and kinds != {",", "()"}:
-        return False                                                 # but 1, 2 is (1, 2)
-    if kinds == {""}:
-        inexact = any(type(number) is not Fraction for number in ours + theirs)
-        slack = max(slack, 1e-9) if inexact else slack
-        return all(a == b or abs(a - b) <= (slack * min(abs(a), abs(b)) or 1e-13 * inexact)
-                   for a, b in zip(ours, theirs))
-    if LEVEL.get(ours[0]) == RELATION and len(ours) == 3 and ours[1] != theirs[1]:
-        ratio = compute("/", compute("-", *ours[1:]), compute("-", *theirs[1:]))
-        allowed = ratio[0] != 0 and (ours[0] in "=≠" or ratio[0].real > 0)
-        return allowed and len(ratio) > 1 and agree(ratio, ratio[:1] * len(ratio), 0)
-    rest = [*theirs[1:]]                                             # 1, 1 is not 1, 2
-    return all(any(agree(part, other, slack) and rest.pop(k)
-                   for k, other in enumerate(rest if unordered else rest[:1])) for part in ours[1:])
-
-
-def equal(ours, theirs):
-    """Whether two lists of tokens are the same or mean the same; False if they are unreadable.
-
-    x = in front of a value is left out. Of a gold with decimals of three digits or more, all that
-    rounds to it is equal, within 0.11%: the slack, for the whole of it."""
-    if ours == theirs or len(ours + theirs) > 2 * MOST_TOKENS:
-        return ours == theirs != []
-    for one, other in ((ours, theirs), (theirs, ours)):
-        if one[1:2] == ["="] and one[0].isalpha() and ("=" not in other or one[:2] == other[:2]):
-            one[:] = [t for t in one if t not in one[:2] or one.count(t) > one.count("=")]
-        if {*one} & {*"<≤>≥"} and not {*other} & {*"<≤>≥"}:
-            one[:] = as_intervals(one)
-    with contextlib.suppress(ArithmeticError, ValueError, TypeError, IndexError, RecursionError):
-        decimals = [[int(t.replace(".", "")) for t in x if "." in t[1:]] for x in (ours, theirs)]
-        our_half, half = (0.5 / (max(numbers, default=0) or math.inf) for numbers in decimals)
-        slack = max(min(our_half, 2e-6), min(half, 1.1e-3) * (half <= 0.005))
-        return agree(calculate(ours), calculate(theirs), slack)
-    return False
-
-
-def same_answer(prediction, gold):
-    """Whether two answers are equal in one reading: 1,234 may be a number or two, 50% 50 or 1/2."""
-    texts = [text[:2 * LONGEST].strip("$ \n").removesuffix(".") for text in (prediction, gold)]
-    if max(map(len, texts)) > LONGEST:
-        return False
-    if all(text.isascii() and text.isdecimal() for text in texts):   # most answers are
-        return int(texts[0]) == int(texts[1])
-    texts = [text.replace("{,}", "").replace(r",\!", "") for text in texts]
-    pairs = [[scan(text, commas) for text in texts] for commas in {False, "," in "".join(texts)}]
-    pairs += [[[t for t in x if t != "%"] for x in pair] for pair in pairs if "%" in sum(pair, [])]
-    return any(equal(*pair) for pair in pairs)
+# How tightly operators bind: the later in this list, the tighter. A symbol that is not listed is a
+# factor without a sign, like x in 2x. Functions are listed so that \sin x ends before \cos x.
+LEVELS = [[END, *")]}", r"\end"], [r"\\"], ["&"], [","], [*RELATIONS], [":"], ["+", "-"],
+          ["*", "/", *FUNCTIONS], ["a factor"], ["^"]]
+STRENGTH = {symbol: level for level, symbols in enumerate(LEVELS) for symbol in symbols}
+SUM = STRENGTH["+"]
+PRODUCT = STRENGTH["*"]
+FACTOR = STRENGTH["a factor"]
 
 
 def is_correct(response, gold):
-    """Whether the response's last \\boxed{} holds the gold answer, or one of a list of golds."""
+    """Whether the last box of a response holds the gold answer, or one of a list of them."""
     answer = extract_answer(response)
-    golds = [f"{Decimal(str(g)):f}" if type(g) is float else str(g)         # 0.00001, not 1e-05
-             for g in (gold if type(gold) in (list, tuple) else [gold])]
-    golds = [g.removesuffix(".0") for g in golds]
-    return answer is not None and any(same_answer(answer, extract_answer(g) or g) for g in golds)
+    if answer is None:
+        return False
+    alternatives = gold if isinstance(gold, (list, tuple)) else [gold]
+    for alternative in alternatives:
+        text = str(alternative)
+        if isinstance(alternative, float):           # 142.0 is an integer, not a rounded number
+            text = text.removesuffix(".0")
+        if same_answer(answer, extract_answer(text) or text):
+            return True
+    return False
+
+
+def extract_answer(text):
+    r"""The content of the last \boxed{...} or \fbox{...}, or None. If the end of the text cuts the
+    last box off, the one before it counts. If the last one is too long for an answer, none counts.
+    An unbraced \boxed 5 ends at a dollar sign or with the line."""
+    pieces = text.replace(r"\fbox", r"\boxed").rsplit(r"\boxed", 20)
+    for piece in reversed(pieces[1:]):
+        piece = piece.lstrip()[:LONGEST_ANSWER + 2]
+        if piece.startswith("{"):
+            end = closing_brace(piece)
+            if end < len(piece):
+                return piece[1:end]
+            if end > LONGEST_ANSWER:
+                return None
+        elif piece.startswith(tuple("-" + digits)):
+            return piece.split("\n")[0].split("$")[0]
+    return None
+
+
+def closing_brace(text):
+    """The index of the brace that closes the first one, or the length of the text."""
+    depth = 0
+    plain = text.replace(r"\\", "..").replace(r"\{", "..").replace(r"\}", "..")
+    for i, character in enumerate(plain):
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+        if depth == 0:
+            return i
+    return len(text)
+
+
+def same_answer(prediction, gold):
+    """Whether two answers in LaTeX are equal in one reading: 1,234 is a number or a list."""
+    if max(len(prediction), len(gold)) > LONGEST_ANSWER:
+        return False
+    prediction = tidy_answer(prediction)
+    gold = tidy_answer(gold)
+    readings = ["'", "',"] if "," in prediction + gold else ["'"]
+    for separators in readings:
+        ours = scan_tokens(prediction, separators, is_wordy(prediction))
+        theirs = scan_tokens(gold, separators, is_wordy(gold))
+        if same_meaning(ours, theirs):
+            return True
+    return False
+
+
+def tidy_answer(text):
+    r"""The text without dollars and full stop around it, and with 1{,}234 and 1,\!234 as 1'234."""
+    text = text.replace(r"\displaystyle", "").strip("$ \n").removesuffix(".")
+    return text.replace("{,}", "'").replace(r",\! ", "'").replace(r",\!", "'")
+
+
+def is_wordy(text):
+    """Whether an answer is in words, like "no solution", and not a product of letters, like xy."""
+    if not set(text) <= set(ascii_letters + " ,.'-"):
+        return False
+    for word in text.replace(",", " ").split():
+        if len(word) > 2 or word.lower() == "no" or len(word) == 2 and word.isupper():
+            return True
+    return False
+
+
+def same_meaning(ours, gold):
+    """Whether two lists of tokens are the same, or are readable and have the same value."""
+    if ours == gold:
+        return ours != []
+    if not ours or not gold or max(len(ours), len(gold)) > MOST_TOKENS:
+        return False
+
+    # A gold x = 3 asks for 3. Were it an equation, it would pay 2x = 6, and so the problem itself.
+    answer = without_name(ours, gold)
+    gold_value = without_name(gold, other=[])
+    if any(map(is_variable, gold_value)):
+        gold_value = without_name(gold, ours)
+    if not any("_" in token for token in answer):    # 204 is 204_5
+        gold_value = [t.partition("_")[0] if t[0] in DIGITS else t for t in gold_value]
+
+    try:
+        slack = max(min(rounding(answer), 2e-6), min(rounding(gold_value), 1.1e-3))
+        readings = ["1", "100"] if "%" in answer + gold_value else ["1"]
+        for whole in readings:
+            if values_agree(read_answer(answer, whole), read_answer(gold_value, whole), slack):
+                return True
+    except (ArithmeticError, ValueError, TypeError, RecursionError):
+        pass                                         # unreadable, or a list in place of a number
+    return False
+
+
+def without_name(tokens, other):
+    """The tokens of AB = 5, or of x = 1 or x = 2, without the name, unless the other answer has
+    another one."""
+    if "=" not in tokens:
+        return tokens
+    size = tokens.index("=") + 1
+    name = tokens[:size]
+    if not is_quantity(name[:-1]) or "=" in other and other[:size] != name:
+        return tokens
+    rest = []
+    for token in tokens:
+        rest.append(token)
+        if rest[-size:] == name:
+            del rest[-size:]
+    is_equation = is_variable(name[0]) and name[0] in rest       # x = 5x
+    return tokens if is_equation or not rest else rest
+
+
+def is_quantity(tokens):
+    r"""Whether they are a name: x_1, \theta, AB, f(x), f(2), (x,y), words, or nothing at all."""
+    symbols, _, arguments = "".join(tokens).partition("(")
+    others = '"(,)' + digits if is_variable(symbols) else '"(,)'
+    is_plain = all(is_variable(token) or token[0] in others for token in tokens)
+    is_closed = arguments.find(")") == len(arguments) - 1
+    is_symbol = symbols == "" or symbols in tokens or symbols.isupper()
+    return is_plain and is_closed and is_symbol and "," not in symbols
+
+
+def rounding(tokens):
+    """Half a unit in the last place of a decimal, relative to it: 0.005 for 1.00. It is 0 for fewer
+    than three digits, and in sums and lists, which may hold exact numbers too."""
+    numbers = [token.partition("e")[0] for token in tokens if token[0] in DIGITS]
+    decimals = [number for number in numbers if "." in number]
+    if len(decimals) != 1 or not is_product(tokens):
+        return 0
+    units = int("0" + decimals[0].replace(".", ""))
+    return 0.5 / units if units >= 100 else 0
+
+
+def is_product(tokens):
+    """Whether nothing binds looser than a product, apart from signs of numbers and exponents."""
+    for before, token in zip(tokens, tokens[1:]):
+        is_looser = 0 < STRENGTH.get(token, FACTOR) <= SUM
+        if is_looser and before not in ("(", "{", "^"):
+            return False
+    return True
+
+
+# ---- values to a verdict ----
+
+class Structure(NamedTuple):
+    r"""A list "," a set "\{}" a point or an interval "()" "[)" a ratio ":" a matrix's rows "\\" or
+    cells "&" a relation "=" "<", or words, which have no parts. All other values are numbers: lists
+    of what they are at the three points."""
+    kind: str
+    parts: list
+
+
+def values_agree(ours, gold, slack):
+    """Whether two values are equal: lists and sets in any order, all else part by part."""
+    if isinstance(ours, list) and isinstance(gold, list):
+        return all(numbers_close(a, b, slack) for a, b in zip(ours, gold))
+    if isinstance(ours, list) or isinstance(gold, list) or len(ours.parts) != len(gold.parts):
+        return False
+    kinds = {ours.kind, gold.kind}
+    if kinds <= {",", r"\{}"}:
+        return agree_in_any_order(ours.parts, gold.parts, slack)
+    if len(kinds) > 1 and kinds != {",", "()"}:      # (1,2) may be written 1,2
+        return False
+    if all(values_agree(a, b, slack) for a, b in zip(ours.parts, gold.parts)):
+        return True
+    return ours.kind in RELATIONS and len(ours.parts) == 2 and are_proportional(ours, gold)
+
+
+def agree_in_any_order(ours, gold, slack):
+    """Whether the parts can be paired, each with one other: 1,1 is not 1,2."""
+    rest = list(gold)
+    for part in ours:
+        partner = next((other for other in rest if values_agree(part, other, slack)), None)
+        if partner is None:
+            return False
+        rest.remove(partner)
+    return True
+
+
+def are_proportional(ours, gold):
+    """Whether two relations differ by a factor, as 2x+4y=6 and x+2y=3: if left minus right does."""
+    our_difference = [left - right for left, right in zip(*ours.parts)]
+    difference = [left - right for left, right in zip(*gold.parts)]
+    if is_constant(difference):                      # 2=3 is no equation
+        return False
+    ratio = [our / other for our, other in zip(our_difference, difference)]
+    if ratio[0] == 0 or ours.kind not in "=≠" and ratio[0].real < 0:     # -x > 3 is not x > 3
+        return False
+    return values_agree(ratio, constant(ratio[0]), 0)
+
+
+def numbers_close(ours, gold, slack):
+    """Whether two numbers are equal up to a relative error, at least 1e-11 for floats."""
+    if type(ours) is not Fraction or type(gold) is not Fraction:
+        slack = max(slack, 1e-11)
+    return abs(ours - gold) <= slack * abs(gold)
+
+
+# ---- characters to tokens ----
+
+def scan_tokens(text, separators, is_prose):
+    r"""The tokens of LaTeX: \frac, 12, x_1, +. Letters are variables, one each. In prose they make
+    words, which are one token with a quote in front: "two lines. Separators group thousands."""
+    tokens = []
+    while text:
+        last = tokens[-1] if tokens else ""
+        if text[0] in DIGITS:
+            is_list = not {",", "(", "[", r"\{"}.isdisjoint(tokens)
+            number, text = split_number(text, "'" if is_list else separators)
+            tokens.append(number)
+            continue
+
+        letters = ascii_letters + "/" if is_prose else ascii_letters         # km/h is a word
+        run = run_in_front(text, letters) or text[0]                         # abc, or +
+        if text[0] == "\\":
+            run += run_in_front(text[1:], ascii_letters) or text[1:2]        # \frac, \{
+        text = text[len(run):]
+        token = SPELLED.get(run, run)
+        is_letters = token == run and run[0] in ascii_letters
+
+        if token == r"\text":
+            content, text = split_argument(text)
+            tokens += scan_tokens(content, separators, is_prose=True)
+        elif token == "_" and tokens:
+            subscript, text = split_argument(text)
+            tokens[-1] += "_" + subscript                                    # a part of the name
+        elif token in (r"\begin", r"\end"):
+            _, text = split_argument(text)                                   # {pmatrix}
+            tokens.append(token)
+        elif is_letters and (run in UNITS or is_prose and (len(run) > 1 or run in LETTER_UNITS)):
+            is_name = run.isupper() and run not in CAPITAL_WORDS
+            word = run if is_name else run.lower()
+            if last.startswith('"'):
+                tokens[-1] += " " + word
+            else:
+                tokens.append('"' + word)
+        elif is_letters:
+            tokens += run                                                    # a variable each
+        elif token.strip() not in ("", "\\"):
+            tokens.append(token)
+    return tokens
+
+
+def run_in_front(text, characters):
+    """The longest run of such characters at the start of a text."""
+    return text[:len(text) - len(text.lstrip(characters))]
+
+
+def split_number(text, separators):
+    """The number at the start of a text, as in 12, .5, 1,234.5, 4.4e7 or 1e-05, and the rest."""
+    whole = run_in_front(text, digits + separators).rstrip(separators)
+    first, *others = whole.replace("'", ",").split(",")
+    sizes = {len(group) for group in others}
+    is_grouped = sizes == {3} and len(first) < 4 and first[:1] != "0"
+    if not is_grouped:                               # 2004,100 is a list, and so is 27,54,108
+        whole = first
+    decimals = run_in_front(text[len(whole):], DIGITS)
+    rest = text[len(whole + decimals):]
+    number = whole.replace(",", "").replace("'", "") + decimals
+
+    exponent = run_in_front(rest[1:], digits + "+-")
+    is_clear = decimals or exponent.isdecimal() or len(exponent) > 2     # 3e-5 is 3 e - 5
+    if rest[:1] == "e" and is_clear and 0 < len(exponent) < 5:
+        number += "e" + exponent
+        rest = rest[1 + len(exponent):]
+    return number, rest
+
+
+def split_argument(text):
+    """What the command before a text applies to, a {group}, digits or a character, and the rest."""
+    text = text.lstrip(" ")
+    if text.startswith("{"):
+        end = closing_brace(text)
+        return text[1:end], text[end + 1:]
+    argument = run_in_front(text, digits) or text[:1]
+    return argument, text[len(argument):]
+
+
+def is_variable(token):
+    """Whether it is the name of a variable, perhaps with a subscript."""
+    name = token.partition("_")[0]
+    return token not in CONSTANTS and (name in SYMBOLS or name in set(ascii_letters))
+
+
+# ---- tokens to values ----
+# The parser takes tokens from a stack, on which the next token is the last.
+
+def read_answer(tokens, whole):
+    r"""The value of an answer. A % at its end is 1/`whole`; with \pm in it, it is a list of two."""
+    if "±" in tokens:
+        plus = ["+" if token == "±" else token for token in tokens]
+        minus = ["-" if token == "±" else token for token in tokens]
+        return Structure(",", [read_answer(plus, whole), read_answer(minus, whole)])
+
+    # If % could stand in a sum, \frac{100}{99}\% + \frac{98}{99} would be two numbers, 1 and 2.
+    if tokens[-1] == "%" and is_product(tokens):
+        tokens = ["(", *tokens[:-1], ")", "/", whole]
+    stack = [END, *reversed(tokens)]
+    value = read_expression(stack)
+    if stack != [END]:
+        raise ValueError("there is more than one expression")
+    return value
+
+
+def read_expression(stack, floor=0):
+    """The value of what follows, as far as its operators bind tighter than `floor`. After 2+ the
+    floor is the strength of +: reading continues over a * but stops before another +."""
+    value = read_signed(stack, floor)
+    while True:
+        token = stack[-1]
+        strength = STRENGTH.get(token, FACTOR)
+        if token.startswith('"'):
+            skip_unit(stack, value)
+        elif strength <= floor or token[0] in DIGITS:    # 2 3 is not a product
+            return value
+        elif strength < SUM:
+            value = read_parts(stack, value)
+        else:
+            operation = ARITHMETIC.get(token, mul)
+            if token in ARITHMETIC:
+                stack.pop()
+            # 1/2x is (1/2)x: to the right of / or * stands one power
+            right = read_expression(stack, FACTOR if strength == PRODUCT else strength)
+            value = compute(operation, value, right)
+            if token == "^" and stack[-1] == "^":
+                raise ValueError("2^3^2 is ambiguous")
+
+
+def read_signed(stack, floor):
+    """The value of an operand that may have a sign in front, or of a mixed number."""
+    token = stack[-1]
+    if token in ("+", "-"):
+        stack.pop()
+        value = read_expression(stack, max(floor, SUM))      # -2^2 is -(2^2)
+        return compute(ARITHMETIC[token], constant(0), value)
+    value = read_operand(stack)
+    if token.isdecimal() and stack[-1] == r"\frac" and floor <= FACTOR:
+        part = read_operand(stack)
+        is_exact = is_constant(part) and type(part[0]) is Fraction
+        is_mixed = is_exact and 0 < part[0] < 1                  # 1\frac45, but not 2\frac{x}5
+        value = compute(add if is_mixed else mul, value, part)
+    return value
+
+
+def read_operand(stack):
+    """The value of a number, a variable, a bracket or a function."""
+    token = stack.pop()
+    letter = token.strip('"')                        # \text{(C)} is C
+    if is_variable(letter):
+        if letter in ("f", "g") and stack[-1] == "(":
+            raise ValueError("a function, and not f times x")
+        return variable(letter)
+    if token.startswith('"'):
+        return Structure(token, [])
+    if token[0] in DIGITS:
+        # 204_5 is not computed: it is like a name, and equal to itself
+        return variable(token) if "_" in token else constant(Fraction(token))
+    if token in CONSTANTS:
+        return constant(CONSTANTS[token])
+    if token in BRACKETS:
+        return read_bracket(stack, token)
+    if token in FUNCTIONS:
+        return read_function(stack, token)
+    if token == r"\frac":
+        numerator = read_argument(stack)
+        return compute(truediv, numerator, read_argument(stack))
+    if token == r"\sqrt":
+        degree = read_operand(stack) if stack[-1] == "[" else constant(2)
+        return compute(pow, read_argument(stack), compute(truediv, constant(1), degree))
+    raise ValueError(f"cannot read {token}")
+
+
+def read_argument(stack):
+    r"""The value of a {group} or, as TeX has it, of one digit: \frac12 is 1/2."""
+    token = stack[-1]
+    if token.isdecimal() and len(token) > 1:
+        stack[-1:] = [token[1:], token[0]]
+    return read_operand(stack)
+
+
+def read_bracket(stack, opener):
+    """The value up to the bracket that closes this one."""
+    value = read_expression(stack)
+    closer = stack.pop()
+    if closer not in BRACKETS[opener]:
+        raise ValueError(f"{opener} is closed by {closer}")
+    is_list = isinstance(value, Structure) and value.kind == ","
+    if is_list and opener in ("(", "[", r"\{"):
+        return Structure(opener + closer, value.parts)
+    return value
+
+
+def read_function(stack, name):
+    r"""The value of \sin and its like. \sin^2 2x is (\sin 2x)^2; \sin(x) y ends at the bracket."""
+    exponent = constant(1)
+    if stack[-1] == "^":
+        stack.pop()
+        exponent = read_operand(stack)
+        if exponent == constant(-1):
+            raise ValueError("an inverse function, and not a power")
+    if stack[-1] in BRACKETS:
+        argument = read_operand(stack)
+    else:
+        argument = read_expression(stack, PRODUCT)
+    return compute(pow, compute(FUNCTIONS[name], argument), exponent)
+
+
+def read_parts(stack, first):
+    """A list, a relation and so on: the parts between equal separators."""
+    separator = stack[-1]
+    parts = [first]
+    while stack[-1] == separator:
+        stack.pop()
+        if stack[-1] != separator:                   # ", and" is two commas
+            parts.append(read_expression(stack, STRENGTH[separator]))
+    return Structure(separator, parts)
+
+
+def skip_unit(stack, value):
+    """Take a unit and its exponent away. It must stand behind a number, and nothing behind it."""
+    unit = stack.pop()
+    if stack[-1] == "^":
+        stack.pop()
+        read_operand(stack)
+    is_last = STRENGTH.get(stack[-1], FACTOR) < SUM
+    is_unit = NO_UNITS.isdisjoint(unit[1:].split())
+    if not is_constant(value) or not is_last or not is_unit:
+        raise ValueError("words that may change the value")
+
+
+def constant(value):
+    """The same number at all points."""
+    return [value, value, value]
+
+
+def is_constant(number):
+    """Whether a number is the same at all points, as it is without a variable."""
+    return number == constant(number[0])
+
+
+def variable(name):
+    """Pseudo-random numbers between 1 and 2, always the same for the same name."""
+    hashes = [crc32(f"{name}{point}".encode()) for point in range(3)]
+    return [1 + Fraction(1 + number % 996, 997) for number in hashes]
+
+
+def compute(operation, *numbers):
+    r"""The operation at each point, unless the result is too long or too small for floats. A result
+    that is nothing but rounding error is 0: \sin\pi is 1.2e-16 in floats."""
+    results = []
+    for values in zip(*numbers):
+        bits = max(map(bit_length, values))
+        if operation is pow:
+            base, exponent = values
+            bits = max(bits, bit_length(base) * abs(exponent))
+        if bits > MOST_BITS:
+            raise ValueError("too many digits")
+        result = operation(*values)
+        if type(result) is not Fraction:
+            is_product = operation in (mul, truediv, pow, cmath.exp)
+            if not is_product and abs(result) < 1e-14 * max(map(abs, values)):
+                result = Fraction(0)
+            elif abs(result) < 1e-300 and 0 not in values:
+                raise ValueError("too small for a float")
+        results.append(result)
+    if is_constant(results) and not all(map(is_constant, numbers)):
+        raise ValueError("a variable that cancels: 5+0x is not 5")
+    return results
+
+
+def bit_length(value):
+    """The size of an exact number; denominators count more, as sums need their common divisor."""
+    if type(value) is Fraction:
+        return value.numerator.bit_length() + 4 * (value.denominator.bit_length() - 1)
+    return 1
 
 
 # --------------------------------------------------------------------------------------------------
