@@ -60,7 +60,6 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 from operator import add, mul, sub, truediv
