@@ -1,12 +1,12 @@
-"""The claims of eapo.py, one test each: pytest test_eapo.py, or python test_eapo.py.
+"""The claims of eapo.py, one test each: `pytest`, or `pytest -m "not slow"` for the quick ones.
 
 Expected values are worked out by hand in the docstring, or come from something independent of the
 code under test: autograd, a naive loop, transformers' own generate. No download, no GPU.
 """
-import ast
 import concurrent.futures
-import contextlib
 import html.parser
+import inspect
+import io
 import itertools
 import json
 import math
@@ -14,64 +14,160 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import types
+import warnings
 
+import datasets
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from pytest import approx
+from torch import tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.testing import assert_close
 
 import eapo
-from eapo import (Batch, Policy, Problem, entropy_aware_advantages, entropy_score, group_advantages,
-                  policy_loss, quadrants, token_entropy, token_weights)
+from eapo import (Policy, Problem, Stream, clipped_tokens, entropy_aware_advantages, entropy_score,
+                  group_advantages, is_correct, load_problems, make_batch, policy_loss, quadrants,
+                  sample_and_mark, sanity_check, slots_that_fit, tiny_model, token_entropy,
+                  token_weights)
 
-ALPHA, PHI = 0.2, 2.0
-CLIPS = 0.2, 0.28, 3.0
+
+ALPHA = 0.2
+PHI = 2.0
+CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "clip_c": 3.0}
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+warnings.filterwarnings("ignore", "Unknown pytest.mark.slow")   # no other file could register it
 torch.set_num_threads(1)
 
 
+# ---- helpers -------------------------------------------------------------------------------------
+
 def tiny_lm(seed=0, vocab=32, tied=True):
-    """A random Qwen2 whose logits are far from uniform, so that errors show."""
+    """A random Qwen2 whose logits are far from uniform, so that errors show. Its pad is its eos."""
     torch.manual_seed(seed)
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+    config = transformers.Qwen2Config(
         vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
-        initializer_range=0.3, bos_token_id=None, eos_token_id=1,
-        pad_token_id=1)).eval()                                          # pad == eos, as so often
+        initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=1)
+    return transformers.Qwen2ForCausalLM(config).eval()
 
 
 def tiny_batch(n=4, vocab=32, seed=0):
     """n rows of uneven prompts and responses; the last token of each response is the stop token."""
     torch.manual_seed(seed)
-    prompts = [torch.randint(2, vocab, (2 + i % 3,)).tolist() for i in range(n)]
-    responses = [torch.randint(2, vocab, (1 + 2 * i % 7,)).tolist() + [1] for i in range(n)]
-    return eapo.pack(prompts, responses)
+    prompts = []
+    responses = []
+    for i in range(n):
+        prompt = torch.randint(2, vocab, (2 + i % 3,))
+        response = torch.randint(2, vocab, (1 + 2 * i % 7,))
+        prompts.append(prompt.tolist())
+        responses.append(response.tolist() + [1])
+    return make_batch(prompts, responses)
+
+
+def batch_of(*lengths):
+    """Responses of these lengths to prompts of one token."""
+    prompts = [[5] for _ in lengths]
+    responses = [[6] * n for n in lengths]
+    return make_batch(prompts, responses)
+
+
+def mask_of(*lengths):
+    """The mask (N, T) of responses of these lengths."""
+    return torch.arange(max(lengths)) < tensor(lengths)[:, None]
 
 
 def random_group_batch(B=3, G=4, T=6, seed=0):
     """rewards, H, mask of B groups in which right and wrong responses and lengths are mixed."""
     torch.manual_seed(seed)
-    rewards = torch.tensor([1., -1, -1, 1] * B)
+    rewards = tensor([1., -1, -1, 1] * B)
     H = torch.rand(B * G, T) ** 3 * 4
-    mask = torch.arange(T) < torch.randint(1, T + 1, (B * G, 1))
+    lengths = torch.randint(1, T + 1, (B * G,))
+    mask = torch.arange(T) < lengths[:, None]
     return rewards, H, mask
+
+
+def settings(*args):
+    """The Config of a command line; arguments may be numbers and paths."""
+    return eapo.parse_args([str(arg) for arg in args])
+
+
+def config(tmp_path, *args):
+    return settings(*args, "--out", tmp_path / "run")
 
 
 def a_run(lm=None, *args):
     """A Run of one process on the CPU, around a model that was made here."""
-    cfg = eapo.parse_args([*map(str, args)])
-    return eapo.Run(cfg, eapo.World(cfg), None, Policy(lm or tiny_lm()), None, [1], lm)
-
-
-def config(tmp_path, *args):
-    return eapo.parse_args([*map(str, args), "--out", str(tmp_path / "run")])
+    cfg = settings(*args)
+    lm = lm or tiny_lm()
+    _, tokenizer = tiny_model(0)
+    return eapo.Run(cfg, eapo.World(cfg), None, Policy(lm), tokenizer, [1], lm)
 
 
 def rows_of(path):
-    return [json.loads(line) for line in open(path / "run" / "metrics.jsonl")]
+    """The rows of metrics.jsonl of the run in path/run."""
+    with open(path / "run" / "metrics.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def responses_of(batch):
+    return [batch.response(i) for i in range(len(batch.ids))]
+
+
+def near(found, expected, within=1e-4):
+    """A tensor holds the expected numbers, give or take."""
+    expected = torch.as_tensor(expected)
+    assert_close(found.float(), expected.float(), atol=within, rtol=0)
+
+
+def naive(lm, batch, i, temperature=1.0):
+    """log p and H of each token of response i from a plain forward pass over its row."""
+    start = int(batch.prompt_len[i])
+    response = batch.response(i)
+    row = batch.ids[i, :start + len(response)]
+    logits = lm(row[None]).logits[0, start - 1:-1]
+    logp = (logits.float() / temperature).log_softmax(dim=-1)
+    H = -(logp.exp() * logp).sum(dim=-1)
+    return logp[range(len(response)), response], H
+
+
+def odd(text, answer):
+    """A check that even a random model passes about every other time."""
+    return len(text) % 2 == 1
+
+
+def toy(split):
+    """A task of eight problems, marked by `odd`."""
+    problems = []
+    for n in range(8):
+        problem = Problem(f"{n}+{n}=", solution=f"\\boxed{{{n}}}", check=odd)
+        problems.append(problem)
+    return problems
+
+
+@pytest.fixture
+def toy_data(monkeypatch):
+    monkeypatch.setitem(eapo.TASKS, "toy", eapo.Task(toy))
+
+
+@pytest.fixture
+def optimizer_steps():
+    """What every step of an optimizer found: the learning rate and the whole gradient."""
+    seen = []
+
+    def look(optimizer, args, kwargs):
+        group = optimizer.param_groups[0]
+        gradient = torch.cat([p.grad.flatten() for p in group["params"]])
+        seen.append((group["lr"], gradient))
+    handle = register_optimizer_step_pre_hook(look)
+    yield seen
+    handle.remove()
 
 
 # ---- advantages ----------------------------------------------------------------------------------
@@ -79,63 +175,48 @@ def rows_of(path):
 def test_one_right_response_in_four_earns_what_the_three_wrong_ones_lose():
     """r = 1, -1, -1, -1: mean -1/2; deviations 3/2, -1/2 three times; sum of squares 3, over n - 1
     is 1, so std 1 and A = 3/2, -1/2, -1/2, -1/2. With n instead of n - 1 it would be sqrt(3)."""
-    A = group_advantages(torch.tensor([1., -1, -1, -1]), group_size=4)
-    torch.testing.assert_close(A, torch.tensor([1.5, -.5, -.5, -.5]), atol=1e-5, rtol=0)
+    A = group_advantages(tensor([1., -1, -1, -1]), group_size=4)
+    near(A, [1.5, -.5, -.5, -.5])
 
 
-def test_what_stands_outside_the_mask_is_never_looked_at():
-    """A group without any response token, as some trainers mask those cut off; NaN as padding."""
-    A, mask = torch.tensor([1., -1., 1., -1.]), torch.tensor([[1, 0]] * 2 + [[0, 0]] * 2).bool()
-    H = torch.tensor([[.1, math.nan], [.3, math.nan], [.1, .2], [.1, .2]])
-    credit = entropy_aware_advantages(A, H, mask, 2, ALPHA, PHI)
-    assert credit[:2, 0].isfinite().all() and credit[0, 0] > 0 > credit[1, 0]
-    assert credit[:, 1].eq(0).all() and credit[2:].eq(0).all()
-
-
-def test_a_group_is_compared_with_itself_only():
-    """Two groups, the second easier: mixing them would change both."""
-    one, two = torch.tensor([1., -1]), torch.tensor([1., 1, 1, -1]).view(2, 2).flatten()
-    A = group_advantages(torch.cat([one, two]), group_size=2)
-    torch.testing.assert_close(A, torch.tensor([.70711, -.70711, 0, 0, .70711, -.70711]), atol=1e-4,
-                               rtol=0)
-
-
-def test_a_group_that_agrees_teaches_nothing():
-    for r in (1.0, -1.0):
-        A = group_advantages(torch.full((8,), r), group_size=8)
-        H, mask = torch.rand(8, 5), torch.ones(8, 5, dtype=torch.bool)
-        assert A.tolist() == [0.0] * 8
-        assert not entropy_aware_advantages(A, H, mask, 8, ALPHA, PHI).any()
+def test_a_group_is_compared_with_itself_only_and_teaches_nothing_if_it_agrees():
+    """Three groups, one mixed, one all right, one all wrong: r = 1, -1 has std sqrt(2)."""
+    A = group_advantages(tensor([1., -1, 1, 1, -1, -1]), group_size=2)
+    near(A, [.70711, -.70711, 0, 0, 0, 0])
+    assert A[2:].eq(0).all()
 
 
 # ---- entropy, quadrants, EAPO --------------------------------------------------------------------
 
 def test_token_entropy_is_log_v_without_an_idea_and_zero_when_sure():
-    assert token_entropy(torch.zeros(3, 50)).tolist() == pytest.approx([math.log(50)] * 3)
-    sure = torch.tensor([[0., 1000, 0], [float("-inf"), 0, float("-inf")]], requires_grad=True)
+    """Of 1/2, 1/4, 1/4 it is 1/2 log 2 + 2 * 1/4 log 4 = 3/2 log 2. A token forbidden by a logit of
+    -inf adds nothing, and the gradient is no nan."""
+    H = token_entropy(torch.zeros(3, 50))
+    near(H, [math.log(50)] * 3)
+    p = tensor([.5, .25, .25])
+    near(token_entropy(p.log()), 1.5 * math.log(2))
+    sure = tensor([[0., 1000, 0], [-math.inf, 0, -math.inf]], requires_grad=True)
     H = token_entropy(sure)
     H.sum().backward()
-    assert H.tolist() == [0, 0] and not sure.grad.isnan().any()
-
-
-def test_token_entropy_of_half_a_quarter_and_a_quarter():
-    """H = 1/2 log 2 + 2 * 1/4 log 4 = 3/2 log 2."""
-    H = token_entropy(torch.tensor([.5, .25, .25]).log())
-    assert float(H) == pytest.approx(1.5 * math.log(2))
+    assert H.tolist() == [0, 0]
+    assert not sure.grad.isnan().any()
 
 
 def test_entropy_score_by_hand():
     """One group of two responses, entropies 0 1 2 and 3 (the second ends after one token):
     mu = 1.5, squares 2.25 .25 .25 2.25 = 5, over 3, sigma = 1.29099; (0 - mu)/sigma = -1.1619,
-    (1 - mu)/sigma = -.3873. |A| = 2 and phi = 2: the clip is at 1, so -1, -.3873, .3873, 1."""
-    H = torch.tensor([[0., 1, 2], [3, 99, 99]])
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    A = torch.tensor([2., -2.])
+    (1 - mu)/sigma = -.3873. |A| = 2 and phi = 2: the clip is at 1, so -1, -.3873, .3873, 1. With
+    alpha = 1/2, half of that is added to A = 2 and taken from A = -2: unsure tokens get more of the
+    credit and more of the blame."""
+    H = tensor([[0., 1, 2],
+                [3, 99, 99]])
+    mask = mask_of(3, 1)
+    A = tensor([2., -2])
     score = entropy_score(A, H, mask, group_size=2, phi=2)
-    torch.testing.assert_close(score[mask], torch.tensor([-1, -.3873, .3873, 1]), atol=1e-4, rtol=0)
+    near(score[mask], [-1, -.3873, .3873, 1])
     shaped = entropy_aware_advantages(A, H, mask, 2, alpha=.5, phi=2)
-    torch.testing.assert_close(shaped, torch.tensor([[1.5, 1.80635, 2.19365], [-2.5, 0, 0]]),
-                               atol=1e-4, rtol=0)
+    near(shaped, [[1.5, 1.80635, 2.19365],
+                  [-2.5, 0, 0]])
 
 
 def test_eapo_is_what_a_loop_over_the_papers_formulas_gives():
@@ -143,296 +224,210 @@ def test_eapo_is_what_a_loop_over_the_papers_formulas_gives():
     rewards, H, mask = random_group_batch()
     A = group_advantages(rewards, 4)
     shaped = entropy_aware_advantages(A, H, mask, 4, ALPHA, PHI)
-    for g in range(3):
-        rows = range(4 * g, 4 * g + 4)
-        values = [float(H[i, t]) for i in rows for t in range(6) if mask[i, t]]
+    for first in (0, 4, 8):
+        group = range(first, first + 4)
+        values = [float(h) for i in group for h in H[i][mask[i]]]
         mu = sum(values) / len(values)
-        sigma = math.sqrt(sum((h - mu) ** 2 for h in values) / (len(values) - 1)) + 1e-6
-        for i, t in itertools.product(rows, range(6)):
+        squares = sum((h - mu) ** 2 for h in values)
+        sigma = math.sqrt(squares / (len(values) - 1)) + 1e-6
+        for i, t in itertools.product(group, range(6)):
             a = float(A[i])
-            score = max(-abs(a) / PHI, min(abs(a) / PHI, (float(H[i, t]) - mu) / sigma))
-            expected = a + ALPHA * math.copysign(1, a) * score if mask[i, t] else 0
-            assert float(shaped[i, t]) == pytest.approx(expected, abs=1e-5)
+            bound = abs(a) / PHI
+            score = (float(H[i, t]) - mu) / sigma
+            score = max(-bound, min(bound, score))
+            expected = a + ALPHA * math.copysign(1, a) * score
+            near(shaped[i, t], expected if mask[i, t] else 0)
 
 
 def test_entropy_makes_an_advantage_louder_or_softer_but_never_flips_it():
     """|score| <= |A|/phi, so A^CA / A is in [1 - alpha/phi, 1 + alpha/phi] = [.9, 1.1]. Entropies
-    over ten decades put tokens on both stops: equality at both ends, or the clip is wrong."""
+    over ten decades put tokens on both stops: equality at both ends, or the clip is wrong. The
+    bound scales with |A|, so a hundredth of A has the same ratios."""
     torch.manual_seed(0)
-    A, H = torch.randn(64), 10 ** torch.empty(64, 32).uniform_(-5, 5)
-    mask = torch.ones_like(H, dtype=torch.bool)
-    for scale in (1.0, 0.01):       # the bound scales with |A|
-        ratio = entropy_aware_advantages(A * scale, H, mask, 8, ALPHA, PHI) / (A * scale)[:, None]
-        torch.testing.assert_close(ratio.min(), torch.tensor(1 - ALPHA / PHI))
-        torch.testing.assert_close(ratio.max(), torch.tensor(1 + ALPHA / PHI))
+    H = 10 ** torch.empty(64, 32).uniform_(-5, 5)
+    mask = mask_of(*[32] * 64)
+    large = torch.randn(64)
+    for A in (large, large / 100):
+        ratio = entropy_aware_advantages(A, H, mask, 8, ALPHA, PHI) / A[:, None]
+        near(ratio.min(), 0.9)
+        near(ratio.max(), 1.1)
 
 
-def test_uncertain_tokens_get_more_of_the_credit_and_more_of_the_blame():
-    """H = 0 and 4 in both a right and a wrong response: |A^CA| grows with H in both."""
-    H, mask = torch.tensor([[0., 4.], [0., 4.]]), torch.ones(2, 2, dtype=torch.bool)
-    good, bad = entropy_aware_advantages(torch.tensor([1., -1.]), H, mask, 2, ALPHA, PHI)
-    assert 0 < good[0] < 1 < good[1] and bad[1] < -1 < bad[0] < 0
+def test_two_tokens_are_enough_for_a_deviation_and_one_is_no_nan():
+    """H = 0 and 1, one token a response: deviation sqrt(((1/2)^2 + (1/2)^2) / 1) = .7071. A group
+    with a single token has none, and one without any token has no mean either."""
+    H = tensor([[0.], [1]])
+    for mask, mean, deviation in (([True, True], .5, .7071), ([False, True], 1, 0),
+                                  ([False, False], 0, 0)):
+        mu, sigma = eapo.entropy_mean_and_std(H, tensor(mask)[:, None], 2)
+        near(mu, [[mean], [mean]])
+        near(sigma, [[deviation], [deviation]])
+        assert (sigma > 0).all()
 
 
-def test_the_entropy_score_is_a_weight_and_not_an_objective():
-    """If the score carried a gradient, the policy could raise its return by being unsure."""
-    logits = torch.randn(2, 5, 7, requires_grad=True)
-    H, mask = token_entropy(logits), torch.ones(2, 5, dtype=torch.bool)
-    A = torch.tensor([1., -1])
-    assert not entropy_aware_advantages(A, H, mask, 2, ALPHA, PHI).requires_grad
-
-
-def test_alpha_zero_is_grpo():
+def test_what_stands_outside_the_mask_is_never_looked_at():
+    """The same tokens in a wider tensor full of rubbish and nan: the same credit and quadrants."""
     rewards, H, mask = random_group_batch()
     A = group_advantages(rewards, 4)
-    assert entropy_aware_advantages(A, H, mask, 4, 0.0, PHI).equal(A[:, None] * mask)
+    nan = torch.full((12, 3), math.nan)
+    wide_H = torch.cat([H.masked_fill(~mask, 1e6), nan], dim=1)
+    wide_mask = torch.cat([mask, nan > 0], dim=1)
 
-
-def test_two_tokens_are_enough_for_a_deviation():
-    """H = 0 and 1, one token a response: deviation sqrt(((1/2)^2 + (1/2)^2) / 1) = .7071."""
-    H, mask = torch.tensor([[0.], [1.]]), torch.ones(2, 1, dtype=torch.bool)
-    mu, sigma = eapo.entropy_mean_std(H, mask, 2)
-    torch.testing.assert_close(mu, torch.full((2, 1), 0.5))
-    torch.testing.assert_close(sigma, torch.full((2, 1), 0.5 ** 0.5 + 1e-6))
-
-
-def test_padding_does_not_move_mu_or_sigma():
-    """The same tokens in a wider tensor full of rubbish: the same advantages and quadrants."""
-    rewards, H, mask = random_group_batch()
-    A = group_advantages(rewards, 4)
-    wide_H = torch.cat([torch.where(mask, H, 1e6), torch.full((12, 3), float("nan"))], 1)
-    wide = torch.cat([mask, torch.zeros(12, 3, dtype=torch.bool)], 1)
-    for f in (lambda H, m: entropy_aware_advantages(A, H.nan_to_num(), m, 4, ALPHA, PHI),
-              lambda H, m: quadrants(rewards, H, m, 4)):
-        torch.testing.assert_close(f(wide_H, wide)[:, :6], f(H, mask))
+    credit = entropy_aware_advantages(A, H, mask, 4, ALPHA, PHI)
+    wide_credit = entropy_aware_advantages(A, wide_H, wide_mask, 4, ALPHA, PHI)
+    near(wide_credit[:, :6], credit)
+    assert not wide_credit[:, 6:].any()
+    code = quadrants(rewards, H, mask, 4)
+    wide_code = quadrants(rewards, wide_H, wide_mask, 4)
+    assert wide_code[:, :6].equal(code)
 
 
 def test_the_four_quadrants_by_hand():
     """Group 1: mu = 2; a right response with H 1, 3 and a wrong one with 2, 2 (>= counts as high).
-    Group 2 has its own mu = 20, so its 15 is low although it is the third highest of all."""
-    H = torch.tensor([[1., 3], [2, 2], [15, 30], [15, 0]])
-    mask = torch.tensor([[True, True], [True, True], [True, True], [True, False]])
-    q = quadrants(torch.tensor([1., -1, 1, -1]), H, mask, group_size=2)
-    assert q.tolist() == [[2, 1], [4, 4], [2, 1], [3, 0]]
-    dear = quadrants(torch.tensor([.5, -.1, 0, -2]), H, mask, group_size=2)     # --overlong
-    assert dear.tolist() == q.tolist()
+    Group 2 has its own mu = 20, so its 15 is low although it is the third highest of all. Rewards
+    of 1 and -1, of 1 and 0, and verdicts say the same."""
+    H = tensor([[1., 3], [2, 2], [15, 30], [15, 0]])
+    mask = mask_of(2, 2, 2, 1)
+    for right, wrong in ((1., -1.), (1., 0.), (True, False)):
+        rewards = tensor([right, wrong, right, wrong])
+        code = quadrants(rewards, H, mask, group_size=2)
+        assert code.tolist() == [[2, 1], [4, 4], [2, 1], [3, 0]]
 
 
-def test_grpo_is_the_sum_of_its_four_quadrants_in_value_and_gradient():
-    """L = L_PHR + L_PLR + L_NLR + L_NHR with the normaliser of the whole (B.1)."""
+def test_grpo_is_the_sum_of_its_four_quadrants():
+    """L = L_PHR + L_PLR + L_NLR + L_NHR over the tokens of the whole (B.1), whatever rho is."""
     rewards, H, mask = random_group_batch()
     A = group_advantages(rewards, 4)[:, None] * mask
-    q, torch_logp = quadrants(rewards, H, mask, 4), torch.randn(12, 6).requires_grad_()
-    old, weight = torch.zeros(12, 6), mask / mask.sum()
-    whole = policy_loss(torch_logp, old, A, weight, *CLIPS)
-    parts = [policy_loss(torch_logp, old, A * (q == k), weight, *CLIPS) for k in (1, 2, 3, 4)]
-    grads = [torch.autograd.grad(x, torch_logp, retain_graph=True)[0] for x in (whole, *parts)]
-    torch.testing.assert_close(whole, sum(parts))
-    torch.testing.assert_close(grads[0], sum(grads[1:]))
-    assert all(g.any() for g in grads)
+    code = quadrants(rewards, H, mask, 4)
+    logp = torch.randn(12, 6)
+
+    def loss(A):
+        return policy_loss(logp, torch.zeros(12, 6), A, mask / mask.sum(), **CLIPS)
+
+    parts = [loss(A * (code == k)) for k in (1, 2, 3, 4)]
+    assert all(parts)
+    near(sum(parts), loss(A))
 
 
 # ---- the other credit rules ----------------------------------------------------------------------
 
-def rule(method, A, H, mask):
-    return eapo.credit_rule(method, torch.tensor(A), H, mask, 2, ALPHA, PHI)
+def credit_of(method, H, right, *flags, lengths=None):
+    """What assign_credit makes of the responses of one group. Their rewards are not set: quadrants
+    go by the verdicts, so that --overlong or a reward of one's own does not matter."""
+    N, T = H.shape
+    cfg = settings("--method", method, "--group-size", N, *flags)
+    batch = batch_of(*lengths or [T] * N)
+    batch.H = H
+    batch.right = tensor(right)
+    batch.advantage = group_advantages(batch.right.float(), N)
+    return eapo.assign_credit(batch, cfg)
 
 
-def test_forking_keeps_the_tokens_from_tau_up_and_the_denominator():
-    """H = 0 .. 9 over two responses, the second in two tokens of the mask; tau = 8: the A of 9 and
-    8 stays, all other tokens have 0 and still count in the mean."""
-    H = torch.tensor([[0., 7, 2, 3, 4, 5, 6, 1], [8, 9, 99, 99, 99, 99, 99, 99]])
-    A = rule("forking", [1., -1], H, H < 99)
-    assert A.tolist() == [[0] * 8, [-1, -1, 0, 0, 0, 0, 0, 0]]
+@pytest.mark.parametrize("method, first, second", [
+    ("grpo", [.7071, .7071, .7071], -.7071),
+    ("eapo", [.6187, .7955, .6187], -.6187),
+    ("forking", [0, .7071, 0], 0),
+    ("entroadv", [.9071, 1.0607, 1.0071], -.5071),
+    ("w-reinforce", [.0707, .0707, .0707], -.7071)])
+def test_rules_of_credit_by_hand(method, first, second):
+    """A right response with H = .5, 5, .75 and a wrong one with H = .5 and then padding: A is .7071
+    and -.7071. alpha = .5 and phi = 4: mu = 1.69, sigma = 2.21, and all scores, -.54, 1.50, -.42
+    and -.54, are cut to .7071 / 4 = .1768, of which eapo takes half. The top 20% of 4 tokens are
+    .8, rounded up 1, and not 2 of 6. entroadv adds .4 H, at most .7071 / 2. w-reinforce takes a
+    tenth of the praise and all of the blame. Outside the mask all is 0."""
+    H = tensor([[.5, 5, .75], [.5, 9, 9]])
+    flags = ["--alpha", .5, "--phi", 4]
+    credit = credit_of(method, H, [True, False], *flags, lengths=[3, 1])
+    near(credit, [first, [second, 0, 0]])
 
 
-def test_entroadv_adds_entropy_up_to_half_the_advantage():
-    """a = .4, k = 2: at A = 1, H = .5 adds .2 and H = 5 is stopped at .5; at A = -1 the blame
-    shrinks to -.8 and to -.5; at A = 0 nothing is added; outside the mask all is 0."""
-    H, mask = torch.tensor([[.5, 5.]] * 4), torch.tensor([[True, True]] * 3 + [[True, False]])
-    A = rule("entroadv", [1., -1, 0, 1], H, mask)
-    torch.testing.assert_close(A, torch.tensor([[1.2, 1.5], [-.8, -.5], [0, 0], [1.2, 0]]))
-
-
-def test_w_reinforce_takes_a_tenth_of_the_praise_and_all_the_blame():
-    mask = torch.tensor([[True, True], [True, False]])
-    A = rule("w-reinforce", [2., -1], torch.ones(2, 2), mask)
-    torch.testing.assert_close(A, torch.tensor([[.2, .2], [-1, 0]]))
-
-
-def test_no_rule_lets_a_gradient_through_the_entropy():
-    H, mask = torch.rand(2, 3, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
-    assert not any(rule(method, [1., -1], H, mask).requires_grad for method in eapo.METHODS)
-
-
-def credited(method, *flags, rewards=(1., -1, -1, -1), logp=-torch.arange(20.).view(4, 5) / 10):
-    """give_credit on four responses, with H and logp that are easy to rank: run, batch."""
-    run = a_run(tiny_lm(), "--method", method, "--group-size", 4, *flags)
-    batch = eapo.pack([[5]] * 4, [[6] * 5] * 4)
-    batch.reward = torch.tensor(rewards)
-    batch.H = torch.arange(20.).view(4, 5)
-    batch.logp = logp
-    eapo.give_credit(run, batch)
-    return run, batch
-
-
-def test_forking_takes_the_top_fifth_of_all_tokens():
+def test_forking_takes_the_top_fifth_of_the_whole_step():
     """H = 0 .. 19: the top 20% are 16 to 19, all in the last response."""
-    _, batch = credited("forking")
-    assert batch.credit.nonzero().tolist() == [[3, 1], [3, 2], [3, 3], [3, 4]]
+    credit = credit_of("forking", RANKED, ONE_OF_FOUR)
+    near(credit[3], [0, -.5, -.5, -.5, -.5])
+    assert not credit[:3].any()
 
 
-def test_kl_cov_penalises_the_tokens_of_highest_covariance():
-    """A = 1.5, -.5 thrice, mean 0. logp = 0, -.1 .. -1.9, mean -.95. (logp + .95) A is highest
-    where both are above or both below their means: 1.5 (0 + .95) = 1.425 at the first token, which
-    is also the top 0.2% of 20. Its loss gains |log rho|; nothing is clipped."""
-    run, batch = credited("kl-cov")
-    assert batch.penalty.nonzero().tolist() == [[0, 0]]
-    assert batch.credit[:, 0].tolist() == pytest.approx([1.5, -.5, -.5, -.5], abs=1e-4)
-    rho = torch.full((4, 5), 5.0)       # far outside every clip
-    run.policy.forward = lambda micro, T: ((micro.logp + rho.log()).requires_grad_(), micro.H)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
-    loss, _, clipped, _ = eapo.learn(run, optimizer, batch)
-    assert loss == pytest.approx((-5 * float(batch.credit.sum()) + math.log(5)) / 20, abs=1e-5)
-    assert clipped == 0
-    _, batch = credited("kl-cov", rewards=(-1., 1, -1, -1), logp=-torch.arange(20.).view(4, 5))
-    # now A - mean = 1.5 at the second response: 1.5 (-5 + 9.5) at its first token = 6.75, and
-    # -.5 (-19 + 9.5) = 4.75 at the last token of all: a wrong sign or mean would pick another
-    assert batch.penalty.nonzero().tolist() == [[1, 0]]
+ONE_OF_FOUR = [True, False, False, False]       # A = 1.5, -.5, -.5, -.5
+RANKED = torch.arange(20.).view(4, 5)           # H = 0 .. 4 in the first response, .. 19
 
 
-def test_padding_is_no_token_when_shares_of_tokens_are_taken():
-    """Of 5 + 1 + 1 + 1 tokens the top 20% are 2, not 4 of the 20 cells."""
-    run = a_run(tiny_lm(), "--method", "forking", "--group-size", 4)
-    batch = eapo.pack([[5]] * 4, [[6] * 5, [6], [6], [6]])
-    batch.reward, batch.H = torch.tensor([1., -1, -1, -1]), torch.zeros(4, 5)
-    batch.H[0], batch.H[1:, 0] = torch.arange(1., 6), torch.tensor([.5, .6, .7])
-    eapo.give_credit(run, batch)
-    assert batch.credit.nonzero().tolist() == [[0, 3], [0, 4]]
+def test_credit_is_a_weight_and_not_an_objective():
+    """If the score of (6) carried a gradient, the policy could raise its return by being unsure."""
+    logits = torch.randn(2, 5, 7, requires_grad=True)
+    H = token_entropy(logits)
+    A = tensor([1., -1])
+    shaped = entropy_aware_advantages(A, H, mask_of(5, 5), 2, ALPHA, PHI)
+    assert not shaped.requires_grad
 
 
-def test_kl_cov_takes_means_over_tokens_so_long_responses_weigh_more():
-    """5 tokens of A = 1.5 and three of -.5: mean .75. logp 0 to -4, -21, -20, -20: mean -8.875.
-    The highest is (-21 + 8.875) (-.5 - .75) = 15.2, before (0 + 8.875) (1.5 - .75) = 6.7."""
-    run = a_run(tiny_lm(), "--method", "kl-cov", "--group-size", 4)
-    batch = eapo.pack([[5]] * 4, [[6] * 5, [6], [6], [6]])
-    batch.reward, batch.H = torch.tensor([1., -1, -1, -1]), torch.ones(4, 5)
-    batch.logp = torch.zeros(4, 5)
-    batch.logp[0], batch.logp[1:, 0] = -torch.arange(5.), torch.tensor([-21., -20, -20])
-    eapo.give_credit(run, batch)
-    assert batch.penalty.nonzero().tolist() == [[1, 0]]
+def test_a_rule_of_ones_own_sees_the_batch_and_the_settings(monkeypatch):
+    """Credit alpha * number of prompt tokens. A name that is no rule is refused."""
+    def surprise(batch, cfg):
+        return cfg.alpha * batch.prompt_len[:, None].expand(batch.H.shape)
 
-
-def test_kl_cov_marks_two_tokens_in_a_thousand():
-    """Of 4 x 300 tokens of different covariance the highest 2.4, rounded up, are 3."""
-    run = a_run(tiny_lm(), "--method", "kl-cov", "--group-size", 4)
-    batch = eapo.pack([[5]] * 4, [[6] * 300] * 4)
-    batch.reward, batch.H = torch.tensor([1., -1, -1, -1]), torch.ones(4, 300)
-    batch.logp = -torch.arange(1200.).view(4, 300)
-    eapo.give_credit(run, batch)
-    assert batch.penalty.sum() == 3
-
-
-def test_drift_is_the_entropy_now_minus_the_entropy_when_sampled():
-    """H of the four quadrants has moved by .1, -.2, 0, .3 a token since; and of two tokens with
-    A > 0 the one that is 1.5 times as likely gets no gradient."""
-    run, batch = credited("grpo")
-    batch.quadrant[:] = torch.tensor([1, 2, 3, 4, 4])
-    moved = torch.tensor([.1, -.2, 0, .3, .3], requires_grad=True)
-    rise = torch.tensor([math.log(1.5), math.log(1.1), 0, 0, 0])
-    run.policy.forward = lambda micro, T: (micro.logp + rise + 0 * moved, micro.H + moved)
-    _, _, clipped, drift = eapo.learn(run, torch.optim.SGD([moved], lr=0.0), batch)
-    assert drift == pytest.approx([0, .4, -.8, 0, 2.4], abs=1e-5)
-    assert clipped == 1
-
-
-def test_entroreg_adds_the_mean_entropy_and_its_gradient():
-    """At rho = 1 the loss is - mean(A) - beta mean(H), and d loss / d H = - beta / 20 a token."""
-    run, batch = credited("entroreg")
-    H = batch.H.clone().requires_grad_()
-    run.policy.forward = lambda micro, T: (micro.logp + 0 * H, H)
-    loss, _, _, _ = eapo.learn(run, torch.optim.SGD([H], lr=0.0), batch)
-    beta = 0.001
-    assert loss == pytest.approx(-float(batch.credit.mean()) - beta * 9.5, abs=1e-6)
-    H.grad = None
-    optimizer = torch.optim.SGD([H], lr=1.0)
-    eapo.learn(run, optimizer, batch)
-    torch.testing.assert_close(H.detach(), batch.H + beta / 20)
+    monkeypatch.setitem(eapo.CREDIT_RULES, "surprise", surprise)
+    credit = credit_of("surprise", RANKED, ONE_OF_FOUR, "--alpha", .5)
+    assert credit.eq(.5).all()
+    with pytest.raises(SystemExit, match="no method is called dapo, only eapo, grpo"):
+        settings("--method", "dapo")
 
 
 def test_quadrants_can_be_learned_from_alone_and_left_out_of_the_entropy_term():
     """mu = 9.5: the right response is all below (PLR), of the wrong ones the second too (NLR)."""
-    plain = torch.tensor([1.5, -.5, -.5, -.5])[:, None].expand(4, 5)
-    _, batch = credited("grpo")
-    torch.testing.assert_close(batch.credit, plain, atol=1e-4, rtol=0)
-    _, only = credited("grpo", "--quadrants", "PLR,NHR,NHR,")
-    torch.testing.assert_close(only.credit[[0, 2, 3]], plain[[0, 2, 3]], atol=1e-4, rtol=0)
-    assert not only.credit[1].any()
-    _, full = credited("eapo")
-    _, part = credited("eapo", "--without", "NHR")
-    torch.testing.assert_close(part.credit[2:], plain[2:], atol=1e-4, rtol=0)
-    assert part.credit[:2].equal(full.credit[:2])
-    assert not torch.allclose(full.credit[2:], plain[2:], atol=1e-3)
+    plain = credit_of("grpo", RANKED, ONE_OF_FOUR)
+    only = credit_of("grpo", RANKED, ONE_OF_FOUR, "--quadrants", "PLR, NHR,NHR,")
+    assert only[[0, 2, 3]].equal(plain[[0, 2, 3]])
+    assert not only[1].any()
+    full = credit_of("eapo", RANKED, ONE_OF_FOUR)
+    part = credit_of("eapo", RANKED, ONE_OF_FOUR, "--without", "NHR")
+    assert part[2:].equal(plain[2:])
+    assert part[:2].equal(full[:2])
+    assert not torch.allclose(full[2:], plain[2:], atol=1e-3)
 
 
-def test_dapo_and_kl_cov_bring_their_own_settings_and_typed_ones_win():
-    dapo, typed = (eapo.parse_args(["--method", "dapo", *x]) for x in ([], ["--resample", "0"]))
-    assert (dapo.resample, dapo.overlong, typed.resample) == (2, 0.2, 0)
-    assert eapo.parse_args(["--method", "kl-cov"]).clip_high > 1e6          # no clip
-
-
-def test_proxy_information_by_hand():
-    """Right tokens all in one bin and wrong ones all in another, half and half: the entropy value
-    tells the verdict, Ihat = log 2. The same histogram for both: 0. Half the right ones in a bin
-    of their own: H(H) = H(3/4, 1/4), H(H|r) = log(2) / 2."""
-    assert eapo.proxy_information(torch.tensor([[4, 0], [0, 4]])) == pytest.approx(math.log(2))
-    assert eapo.proxy_information(torch.tensor([[1, 3], [2, 6]])) == pytest.approx(0, abs=1e-9)
-    assert eapo.proxy_information(torch.tensor([[4, 0], [2, 2]])) == pytest.approx(
-        -.75 * math.log(.75) - .25 * math.log(.25) - .5 * math.log(2))
-
-
-def test_proxy_information_is_near_zero_when_verdicts_are_shuffled():
-    """Wrong responses are less sure, and Ihat sees it; shuffled verdicts leave the bias of the
-    estimator, about 32 bins / (2 x 20,000 tokens) = 0.001 nats. Bins are 0.125 wide, the last one
-    open: of two responses to a problem, H = .1, .13, 9 in the right one is in bins 0, 1, 31."""
-    def measured(H, right):
-        run = a_run(None, "--group-size", 2)
-        batch = eapo.pack([[5]] * len(H), [[6] * H.shape[1]] * len(H))
-        batch.H, batch.right, batch.reward = H, right, right.float()
-        batch.kept, batch.quadrant = right < 0, batch.mask.long()
-        batch.credit, batch.gap = H, H[:, 0]
-        return eapo.measure(run, batch, [], 0.0)
-    torch.manual_seed(0)
-    right = torch.rand(400) < 0.5
-    H = torch.rand(400, 50) ** 3 * torch.where(right, 1.5, 3.0)[:, None]
-    informed, shuffled = (measured(H, r)[0]["information"] for r in
-                          (right, right[torch.randperm(400)]))
-    assert informed > 0.02 and shuffled < 0.002
-    _, counts = measured(torch.tensor([[.1, .13, 9.], [.2, .2, .2]]), torch.tensor([True, False]))
-    assert counts[1, [0, 1, 31]].tolist() == [1, 1, 1] and counts[0, 1] == 3 and counts.sum() == 6
-
+# ---- the metrics of a step -----------------------------------------------------------------------
 
 def test_the_metrics_of_a_step_worked_by_hand():
-    """Responses of 2, 1, 2, 1 tokens to two problems; the second group, all wrong, is dropped."""
+    """Responses of 2, 1, 2, 1 tokens to two problems; the second group, all wrong, is dropped. Two
+    updates; 2 of the 3 tokens learned from were clipped. |credit| 1.5, .5 and 1 add up to 3."""
     run = a_run(None, "--group-size", 2)
-    batch = eapo.pack([[5]] * 4, [[6, 6], [6], [6, 6], [6]])
-    batch.H = torch.tensor([[1., .5], [.25, 0], [2, 2], [4, 0]])
-    batch.credit = torch.tensor([[1.5, .5], [-1, 0], [9, 9], [9, 0]])
-    batch.quadrant = torch.tensor([[1, 2], [3, 0], [4, 3], [4, 0]])
-    batch.right = torch.tensor([True, False, False, False])
-    batch.reward, batch.kept = torch.tensor([.5, -1, -1, -1]), torch.tensor([1, 1, 0, 0]).bool()
-    batch.ended, batch.gap = torch.tensor([1, 1, 0, 1]).bool(), torch.tensor([.1, .2, .2, .1])
-    run.clock.update(seconds_sample=3.0, bytes_sample=7, bytes_update=9)
-    updates = [(.2, 1.0, 1.0, [0, .3, 0, -.6, 0]), (.4, 3.0, 1.0, [0, .1, 0, 0, 0])]
-    found, _ = eapo.measure(run, batch, updates, 0.0)
-    want = {"reward": -.625, "solve_rate": .25, "entropy": 9.75 / 6, "response_tokens": 6,
-            "response_length": 1.5, "truncated": .25, "groups": 2, "groups_all_right": 0,
-            "groups_all_wrong": 1, "loss": .3, "grad_norm": 2, "clip_fraction": 2 / 3,
-            "sampler_gap": .1, "seconds_sample": 3, "peak_memory_bytes": 9,
-            "tokens/PHR": 1 / 3, "tokens/NHR": 0, "advantage/PHR": .5, "advantage/PLR": 1 / 6,
-            "advantage/NLR": 1 / 3, "entropy/PHR": 4 / 7, "entropy/PLR": 2 / 7,
-            "entropy/NLR": 1 / 7, "drift/PHR": .4, "drift/PLR": 0, "drift/NLR": -.6, "drift/NHR": 0}
-    assert {key: found[key] for key in want} == pytest.approx(want, abs=1e-5)
+    batch = batch_of(2, 1, 2, 1)
+    batch.H = tensor([[1., .5],
+                      [.25, 0],
+                      [2, 2],
+                      [4, 0]])
+    batch.credit = tensor([[1.5, .5],
+                           [-1, 0],
+                           [9, 9],
+                           [9, 0]])
+    batch.quadrant = tensor([[1, 2],
+                             [3, 0],
+                             [4, 3],
+                             [4, 0]])
+    batch.right = tensor([True, False, False, False])
+    batch.reward = tensor([.5, -1, -1, -1])
+    batch.kept = tensor([True, True, False, False])
+    batch.ended = tensor([True, True, False, True])
+    batch.gap = tensor([.1, .2, .2, .1])
+    run.world.clock.update(sample=3.0, score=2.0)
+    sums = {"loss": .6, "grad_norm": 4.0, "clipped": 2, "updates": 2}
+    found = eapo.measure(run, batch, sums)
+    expected = {
+        "reward": -.625, "solve_rate": .25, "entropy": 9.75 / 6, "response_tokens": 6,
+        "response_length": 1.5, "truncated": .25, "groups": 2, "groups_all_right": 0,
+        "groups_all_wrong": 1, "loss": .3, "grad_norm": 2, "clip_fraction": 2 / 3,
+        "sampler_gap": .1, "seconds_sample": 3, "seconds_score": 2, "peak_memory_bytes": 0,
+        "tokens/PHR": 1 / 3, "tokens/PLR": 1 / 3, "tokens/NLR": 1 / 3, "tokens/NHR": 0,
+        "advantage/PHR": .5, "advantage/PLR": 1 / 6, "advantage/NLR": 1 / 3, "advantage/NHR": 0}
+    assert {key: found[key] for key in expected} == approx(expected, abs=1e-5)
+    assert found["seconds"] >= 5
+    assert found["tokens_per_second"] == approx(6 / found["seconds"], rel=1e-3)
+
+    batch.right[1:] = True
+    found = eapo.measure(run, batch, sums)
+    assert found["groups_all_right"] == 2
+    assert found["groups_all_wrong"] == 0
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -441,398 +436,903 @@ def test_on_policy_the_gradient_of_the_loss_is_the_policy_gradient():
     """At rho = 1 the gradient is - sum A grad log pi; at the logits that is -A (1 - pi_o) for the
     drawn token and +A pi_v for any other (Eq. 5)."""
     torch.manual_seed(0)
-    logits, token = torch.randn(1, 5, requires_grad=True), torch.tensor([3])
-    A = torch.tensor([[.7]])
-    logp = logits.log_softmax(-1).gather(1, token[:, None])
-    policy_loss(logp, logp.detach(), A, torch.ones(1, 1), *CLIPS).backward()
-    p = logits.detach().softmax(-1)
-    torch.testing.assert_close(logits.grad, .7 * (p - torch.nn.functional.one_hot(token, 5)))
+    logits = torch.randn(1, 5, requires_grad=True)
+    logp = logits.log_softmax(dim=-1)[:, 3:4]
+    A = tensor([[.7]])
+    policy_loss(logp, logp.detach(), A, torch.ones(1, 1), **CLIPS).backward()
+    p = logits.detach().softmax(dim=-1)
+    drawn = tensor([[0, 0, 0, 1, 0]])
+    near(logits.grad, .7 * (p - drawn))
 
 
 def test_the_clip_stops_the_gradient_only_where_it_would_push_further_out():
     """Trust region [.8, 1.28]; d loss / d logp = -rho A, or 0 where clipped. A good token at 1.25
     still gains, at 2 it is clipped, at .75 it is pulled back; a bad one at .75 is clipped, at .85
     still falls, at 2 it is pulled back, at 4 it is beyond c = 3 and constant."""
-    rho = torch.tensor([[1.25, 2.0, 0.75, 0.75, 0.85, 2.0, 4.0]])
-    A = torch.tensor([[1., 1, 1, -1, -1, -1, -1]])
+    rho = tensor([[1.25, 2.0, 0.75, 0.75, 0.85, 2.0, 4.0]])
+    A = tensor([[1., 1, 1, -1, -1, -1, -1]])
     logp = rho.log().requires_grad_()
-    loss = policy_loss(logp, torch.zeros(1, 7), A, torch.ones(1, 7), *CLIPS)
+    old_logp = torch.zeros(1, 7)
+    loss = policy_loss(logp, old_logp, A, torch.ones(1, 7), **CLIPS)
     loss.backward()
-    torch.testing.assert_close(logp.grad, torch.tensor([[-1.25, 0, -.75, 0, .85, 2, 0]]))
-    torch.testing.assert_close(float(loss.detach()), -(1.25 + 1.28 + .75 - .8 - .85 - 2 - 3))
+    gains = [1.25, 1.28, .75, -.8, -.85, -2, -3]
+    near(loss.detach(), -sum(gains))
+    near(logp.grad, [[-1.25, 0, -.75, 0, .85, 2, 0]])
+    clipped = clipped_tokens(logp, old_logp, A, **CLIPS)
+    assert clipped.equal(logp.grad == 0)
 
 
-def test_without_the_lower_bound_a_bad_token_costs_rho():
-    """c = 0 turns PPO's lower bound off: at rho = 4 and A = -1 the loss is 4, not 3."""
-    args = torch.tensor([[4.0]]).log(), torch.zeros(1, 1), torch.tensor([[-1.]]), torch.ones(1, 1)
-    assert float(policy_loss(*args, .2, .28, 0.0)) == pytest.approx(4)
-    assert float(policy_loss(*args, .2, .28, 3.0)) == pytest.approx(3)
+def test_without_the_dual_clip_a_bad_token_costs_rho():
+    """c = 0 turns it off: at rho = 4 and A = -1 the loss is 4, not 3, and it has a gradient."""
+    logp = tensor([[4.0]]).log()
+    zero = torch.zeros(1, 1)
+    one = torch.ones(1, 1)
+    near(policy_loss(logp, zero, -one, one, .2, .28, clip_c=0), 4)
+    near(policy_loss(logp, zero, -one, one, .2, .28, clip_c=3), 3)
+    assert not clipped_tokens(logp, zero, -one, .2, .28, clip_c=0).any()
 
 
 def test_a_token_weighs_the_same_or_a_group_does():
     """Groups of 2 with 1 + 3 and 2 + 4 tokens. By tokens each counts 1, in all 10; by groups, as
     Eq. 2 is printed, 1/4 in the first and 1/6 in the second, in all 2, the number of groups."""
-    mask = torch.arange(4) < torch.tensor([[1], [3], [2], [4]])
-    by_token, by_group = (token_weights(mask, 2, mode) for mode in ("tokens", "group"))
-    assert by_token[mask].tolist() == [1] * 10
-    assert by_token.dtype == by_group.dtype == torch.float32
-    assert by_group[mask].tolist() == pytest.approx([1 / 4] * 4 + [1 / 6] * 6)
-    assert not by_token[~mask].any() and not by_group[~mask].any()
+    mask = mask_of(1, 3, 2, 4)
+    assert token_weights(mask, 2, "tokens").equal(mask.float())
+    group_tokens = tensor([[4], [4], [6], [6]])
+    assert token_weights(mask, 2, "group").equal(mask / group_tokens)
 
 
-@pytest.mark.parametrize("loss_mean", ["tokens", "group"])
-def test_cutting_a_mini_batch_into_micro_batches_does_not_change_the_gradient(loss_mean):
-    """Micro-batches of one row, of some, of all: the same gradient, and the loss is the mean over
-    tokens, or over groups of their means, of a naive surrogate."""
-    grads = []
-    for tokens in (1, 20, 1000):
-        run = a_run(tiny_lm().double(), "--group-size", 4, "--microbatch-tokens", tokens,
-                    "--loss-mean", loss_mean)
-        batch = tiny_batch(8)
-        torch.manual_seed(1)
-        batch.credit = torch.randn(batch.mask.shape).double() * batch.mask
-        batch.quadrant = torch.ones_like(batch.mask, dtype=torch.long) * batch.mask
-        with torch.no_grad():
-            logp, batch.H = run.policy(batch, 1.0)
-        batch.logp = logp - 0.1 * torch.randn(logp.shape).double() * batch.mask
-        kept, optimizer = [], torch.optim.SGD(run.policy.parameters(), lr=0.0)
-        optimizer.zero_grad = lambda **_: kept.extend(p.grad for p in run.policy.parameters())
-        loss, _, _, _ = eapo.learn(run, optimizer, batch)
-        rho, A = (logp - batch.logp).exp(), batch.credit
+ONE_STEP = ["--train-data", "toy", "--eval-every", 0, "--warmup-steps", 0, "--steps", 1,
+            "--group-size", 4, "--prompts-per-step", 5, "--prompts-per-minibatch", 2,
+            "--max-response-tokens", 8, "--learning-rate", 1e-2]
+
+
+def group_by_hand(lm, batch, rows):
+    """(2) for the responses of one group, one after the other: sum of gains, tokens, clipped."""
+    gains = []
+    clipped = 0
+    for i in rows:
+        logp, _ = naive(lm, batch, i)
+        n = len(logp)
+        A = batch.credit[i, :n]
+        rho = (logp - batch.old_logp[i, :n]).exp()
         gain = torch.minimum(rho * A, rho.clamp(.8, 1.28) * A)
-        means = [gain[g][batch.mask[g]].mean() for g in (slice(0, 4), slice(4, 8))]
-        mean = gain[batch.mask].mean() if loss_mean == "tokens" else sum(means) / 2
-        assert loss == pytest.approx(-float(mean), abs=1e-6)
-        grads.append(torch.cat([g.flatten() for g in kept]))
-    assert grads[0].norm() > 1e-3
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(grads[0], grads[2], rtol=1e-5, atol=1e-7)
+        gain = torch.where(A < 0, torch.maximum(gain, 3 * A), gain)
+        slope, = torch.autograd.grad(gain.sum(), logp, retain_graph=True)
+        clipped += int((slope == 0).sum())
+        gains.append(gain)
+    gains = torch.cat(gains)
+    return gains.sum(), len(gains), clipped
+
+
+@pytest.mark.parametrize("loss_mean, microbatch_tokens", [
+    ("tokens", 1), ("tokens", 30), ("tokens", 10000), ("group", 30)])
+def test_a_step_is_two_updates_on_the_clipped_mean(toy_data, tmp_path, optimizer_steps, loss_mean,
+                                                   microbatch_tokens):
+    """4 of 5 groups are kept, in mini-batches of 2. Each update's gradient is that of a loop over
+    single responses, scaled down to norm 1, however it was cut into micro-batches. AdamW takes the
+    steps; the learning rate is so high that the second has clipped tokens."""
+    args = [*ONE_STEP, "--loss-mean", loss_mean, "--microbatch-tokens", microbatch_tokens]
+    trained = eapo.train(config(tmp_path, *args))
+    run = eapo.open_run(settings(*args, "--out", tmp_path / "by hand"))
+    batch = eapo.collect_rollouts(run)
+    batch.advantage = group_advantages(batch.reward, 4)
+    batch.credit = entropy_aware_advantages(batch.advantage, batch.H, batch.mask, 4, .2, 2)
+    kept = []
+    for first in range(0, 20, 4):
+        if 0 < batch.right[first:first + 4].sum() < 4:
+            kept.append(range(first, first + 4))
+    assert len(kept) == 4
+
+    weights = list(run.policy.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0)
+    loss_sum = 0
+    norm_sum = 0
+    tokens_sum = 0
+    clipped_sum = 0
+    for rate, found in list(optimizer_steps):
+        gains = []
+        tokens = []
+        for rows in kept[:2]:
+            gain, n, clipped = group_by_hand(run.policy.lm, batch, rows)
+            gains.append(gain)
+            tokens.append(n)
+            clipped_sum += clipped
+        kept = kept[2:]
+        if loss_mean == "tokens":
+            loss = -sum(gains) / sum(tokens)
+        else:
+            means = [gain / n for gain, n in zip(gains, tokens)]
+            loss = -sum(means) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = torch.cat([w.grad.flatten() for w in weights])
+        norm = gradient.norm()
+        assert norm > 1
+        assert rate == 1e-2
+        assert (found - gradient / norm).norm() < 0.01
+        for w in weights:
+            w.grad /= norm
+        optimizer.step()
+        loss_sum += float(loss.detach())
+        norm_sum += float(norm)
+        tokens_sum += sum(tokens)
+    assert not kept
+    assert clipped_sum > 0
+    for w, trained_w in zip(weights, trained.policy.parameters()):
+        assert (w - trained_w).square().mean() < 5e-4 ** 2       # of steps of 1e-2
+    row = trained.history[-1]
+    assert row["loss"] == approx(loss_sum / 2, abs=2e-4)
+    assert row["grad_norm"] == approx(norm_sum / 2, rel=0.01)
+    assert row["clip_fraction"] == approx(clipped_sum / tokens_sum, abs=0.02)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--learning-rate", 1e30],
+    ["--warmup-learning-rate", 1e30, "--warmup-data", "toy", "--warmup-steps", 5]])
+def test_a_gradient_that_is_no_number_ends_the_run_before_a_step(toy_data, tmp_path,
+                                                                 optimizer_steps, flags):
+    """At a learning rate of 1e30 the first update makes the next forward pass overflow."""
+    with pytest.raises(SystemExit, match="the gradient is (nan|inf), and the step was not taken"):
+        eapo.train(config(tmp_path, *ONE_STEP, *flags))
+    assert len(optimizer_steps) == 1
+
+
+def test_a_weight_without_a_gradient_stays_as_it_is():
+    """No weight decay: what the data say nothing about is not unlearned."""
+    run = a_run()
+    weights = list(run.policy.parameters())
+    before = [w.detach().clone() for w in weights]
+    optimizer = eapo.new_optimizer(run, learning_rate=0.1, beta2=0.999)
+    for w in weights:
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    for w, old in zip(weights, before):
+        assert w.equal(old)
 
 
 # ---- log-probabilities and entropies -------------------------------------------------------------
 
-def naive(lm, prompt, response, temperature):
-    """log p and H of each response token from a plain forward pass over one row."""
-    logits = lm(torch.tensor([prompt + response])).logits[0].float() / temperature
-    logp = torch.log_softmax(logits, -1)[len(prompt) - 1:-1]
-    return logp[range(len(response)), response], -(logp.exp() * logp).sum(-1)
-
-
 @pytest.mark.parametrize("tied", [True, False])
-def test_chunked_log_probabilities_and_entropies_equal_the_naive_ones(monkeypatch, tied):
-    """Chunks of 2 tokens, temperature 0.7, rows of uneven length, against one row at a time: values
-    and gradients."""
-    monkeypatch.setattr(eapo, "CHUNK", 2 * 32)
+def test_log_probabilities_and_entropies_in_chunks_equal_the_naive_ones(monkeypatch, tied):
+    """Rows of uneven length in one batch, 2 tokens at a time, temperature 0.7, against one row at a
+    time: values and gradients. The stop token, which is also the padding here, counts; prompt and
+    padding do not."""
+    monkeypatch.setattr(eapo, "LOGITS_AT_ONCE", 2 * 32)
     batch = tiny_batch(5)
-    lm, other = tiny_lm(tied=tied), tiny_lm(tied=tied)
+    lm = tiny_lm(tied=tied)
+    other = tiny_lm(tied=tied)
     logp, H = Policy(lm)(batch, 0.7)
-    (logp.sum() + 3 * (H * batch.mask).square().sum()).backward()
+    (logp.sum() + 3 * H.square().sum()).backward()
     total = 0
     for i in range(5):
-        p = int(batch.prompt_len[i])
-        want_logp, want_H = naive(other, batch.ids[i, :p].tolist(), batch.response(i), 0.7)
-        torch.testing.assert_close(logp[i][batch.mask[i]], want_logp, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(H[i][batch.mask[i]], want_H, rtol=1e-4, atol=1e-5)
-        total = total + want_logp.sum() + 3 * want_H.square().sum()
+        n = len(batch.response(i))
+        expected_logp, expected_H = naive(other, batch, i, 0.7)
+        assert batch.response(i)[-1] == 1
+        assert_close(logp[i, :n], expected_logp, rtol=1e-4, atol=1e-5)
+        assert_close(H[i, :n], expected_H, rtol=1e-4, atol=1e-5)
+        assert not logp[i, n:].any()
+        assert not H[i, n:].any()
+        total = total + expected_logp.sum() + 3 * expected_H.square().sum()
     total.backward()
-    assert not logp[~batch.mask].any() and not H[~batch.mask].any()
     for ours, theirs in zip(lm.parameters(), other.parameters()):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=5e-4)   # of up to 200
+        assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=5e-4)      # of up to 200
+
+
+def test_the_whole_matrix_of_logits_is_never_held(monkeypatch):
+    """512 tokens, V = 4096, 16 tokens at a time: neither the largest tensor that is made, forward
+    or backward, nor all that is kept in between reaches an eighth of the M * V logits."""
+    V = 4096
+    D = 32
+    M = 512
+    made = []
+    kept = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                made.append(out.numel())
+            return out
+
+    def keep(x):
+        if x.numel() != V * D:          # the head itself
+            kept.append(x.numel())
+        return x
+
+    def give_back(x):
+        return x
+
+    monkeypatch.setattr(eapo, "LOGITS_AT_ONCE", 16 * V)
+    hidden = torch.randn(M, D, requires_grad=True)
+    head = torch.randn(V, D, requires_grad=True)
+    tokens = torch.randint(V, (M,))
+    with Watch(), torch.autograd.graph.saved_tensors_hooks(keep, give_back):
+        logp, H = eapo.log_prob_and_entropy_in_chunks(hidden, head, tokens, 1.0)
+        (logp.sum() + H.sum()).backward()
+    assert max(made) <= M * V / 8
+    assert sum(kept) <= M * V / 8
 
 
 def test_gradients_of_a_token_that_cannot_be_drawn_are_numbers():
     """A logit of -1e9, as models mask vocabulary: p = 0, and p log p must not become nan."""
-    weight = torch.tensor([[1.], [2.], [-1e9]], requires_grad=True)
+    head = tensor([[1.], [2.], [-1e9]], requires_grad=True)
     hidden = torch.ones(4, 1, requires_grad=True)
-    logp, H = eapo.ChunkedLogProbAndEntropy.apply(hidden, weight, torch.tensor([0, 1, 1, 0]), 1.0)
+    tokens = tensor([0, 1, 1, 0])
+    logp, H = eapo.log_prob_and_entropy_in_chunks(hidden, head, tokens, 1.0)
     (logp.sum() + H.sum()).backward()
-    assert weight.grad.isfinite().all() and hidden.grad.isfinite().all() and weight.grad[2] == 0
+    assert head.grad.isfinite().all()
+    assert hidden.grad.isfinite().all()
+    assert head.grad[2] == 0
 
 
-def test_neighbours_and_padding_leave_log_probabilities_unchanged():
-    batch, policy = tiny_batch(6), Policy(tiny_lm())
-    together = policy(batch, 1.0)
-    for i in range(6):
-        alone = policy(batch.rows(torch.tensor([i])), 1.0)
-        for x, y in zip(together, alone):
-            torch.testing.assert_close(x[i:i + 1, :y.shape[1]], y, rtol=1e-4, atol=1e-5)
+def test_bf16_logits_are_normalised_in_fp32():
+    """256 equally likely tokens: log p = -log 256 = -5.5452, which bf16 would round to -5.5312."""
+    logits = torch.zeros(1, 256, dtype=torch.bfloat16)
+    logp, H = eapo.log_prob_and_entropy(logits, tensor([3]), 1.0)
+    near(logp, [-5.5452])
+    near(H, [5.5452])
 
 
-def test_the_stop_token_is_trained_on_and_prompt_and_padding_are_not():
-    """pad == eos here. d loss / d head row of a token is nonzero through its logit: look at logp of
-    the last response token, which is the stop token, and at what the mask covers."""
-    batch, lm = tiny_batch(4), tiny_lm()
-    assert batch.mask.sum(1).equal(batch.response_len)
-    assert all(batch.response(i)[-1] == 1 for i in range(4))
-    logp, _ = Policy(lm)(batch, 1.0)
-    last = logp[range(4), batch.response_len - 1]
-    A = torch.ones(4, 1) * batch.mask
-    loss = policy_loss(logp, logp.detach(), A, batch.mask / batch.mask.sum(), *CLIPS)
-    grad = torch.autograd.grad(loss, logp)[0]
-    assert (last != 0).all()
-    torch.testing.assert_close(grad, -(batch.mask / batch.mask.sum()))
+def test_a_process_without_rows_runs_the_model_all_the_same():
+    """FSDP waits for every process, so one that has nothing to do joins in with no tokens."""
+    nothing = tiny_batch(2).rows(slice(0, 0))
+    lm = tiny_lm()
+    calls = []
+    lm.get_decoder().register_forward_hook(lambda *_: calls.append("forward"))
+    logp, H = Policy(lm)(nothing, 1.0)
+    (logp.sum() + H.sum()).backward()
+    assert logp.shape == H.shape == (0, 0)
+    assert calls == ["forward"]
 
 
 # ---- sampling ------------------------------------------------------------------------------------
 
-PROMPTS, SEEDS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]], [1, 2, 3]
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
+SIZES = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+             bos_token_id=None, eos_token_id=1)
+GPT2_SIZES = dict(vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+                  initializer_range=0.3, bos_token_id=None, eos_token_id=1)
+ARCHITECTURES = {
+    "Qwen2": transformers.Qwen2Config(**SIZES),
+    "Mistral that looks back 6 tokens": transformers.MistralConfig(**SIZES, sliding_window=6),
+    "Qwen2 with layers of both kinds": transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    "GPT-2 with absolute positions": transformers.GPT2Config(**GPT2_SIZES),
+}
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_samplers_log_probabilities_are_those_of_the_update(temperature):
-    """Left-padded prompts, a repeated cache, rows that leave early: the same numbers as one
-    forward pass over the finished text."""
-    lm = tiny_lm()
-    lm.set_attn_implementation("one token")
-    batch = eapo.sample_loop(lm, PROMPTS, 8, 12, temperature, 1.0, [*range(1, 9)], SEEDS)
-    lm.set_attn_implementation("eager")
-    logp, H = Policy(lm)(batch, temperature)
-    assert 0 < int(batch.ended.sum()) < 24 and len(set(batch.response_len.tolist())) > 3
-    torch.testing.assert_close(batch.logp, logp, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(batch.H, H, rtol=1e-3, atol=1e-4)
+def sample(lm, G, max_tokens, temperature, stop_ids, prompts=PROMPTS, top_p=1.0):
+    """`generate`, in as many slots as there are responses."""
+    seeds = range(len(prompts))
+    return eapo.generate(lm, prompts, G, max_tokens, temperature, top_p, stop_ids, seeds)
 
 
-def test_a_model_that_looks_back_six_tokens_samples_as_it_scores():
-    """Mistral's sliding window, shorter than the responses, with the loop's own KV cache."""
-    torch.manual_seed(0)
-    lm = transformers.MistralForCausalLM(transformers.MistralConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, sliding_window=6,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, bos_token_id=None,
-        eos_token_id=1)).eval()
-    lm.set_attn_implementation("one token")
-    batch = eapo.sample_loop(lm, PROMPTS, 4, 16, 1.0, 1.0, [1], SEEDS)
-    lm.set_attn_implementation("eager")
-    assert int(batch.response_len.max()) > 12
-    torch.testing.assert_close(batch.logp, Policy(lm)(batch, 1.0)[0], rtol=1e-3, atol=1e-4)
-
-
-def test_greedy_responses_are_those_of_generate():
-    lm, G = tiny_lm(seed=3), 2
-    want = []
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_sampler_says_what_transformers_says(name, attention):
+    """Greedy tokens are those of transformers' own generate, 18 at most, so well beyond a window of
+    6, and `ended` goes by the last of them. log p and H of all tokens are those of the policy in
+    one pass over the finished text, at the temperature of sampling; greedy counts as 1."""
+    torch.manual_seed(3)
+    lm = transformers.AutoModelForCausalLM.from_config(
+        ARCHITECTURES[name], attn_implementation=attention).eval()
+    expected = []
     for prompt in PROMPTS:
-        out = lm.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
-                          max_new_tokens=9, do_sample=False, eos_token_id=[1, 4])
-        want += [out[0, len(prompt):].tolist()] * G
-    batch = eapo.sample_loop(lm, PROMPTS, G, 9, 0, 1.0, [1, 4], SEEDS)
-    assert [batch.response(i) for i in range(6)] == want
-    assert batch.ended.tolist() == [w[-1] in (1, 4) for w in want]
+        ids = lm.generate(tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
+                          max_new_tokens=18, do_sample=False, eos_token_id=[1, 4])
+        response = ids[0, len(prompt):].tolist()
+        expected += [response, response]
+    greedy = sample(lm, 2, 18, 0, [1, 4])
+    assert responses_of(greedy) == expected
+    assert greedy.ended.tolist() == [response[-1] in (1, 4) for response in expected]
+    assert greedy.ids[4, :5].tolist() == PROMPTS[2]
+    nearly_greedy = sample(lm, 2, 18, 1.0, [1, 4], top_p=0.001)
+    assert responses_of(nearly_greedy) == expected
+
+    drawn = sample(lm, 8, 18, 0.6, [1, 2, 3, 4])
+    lengths = set(drawn.response_len.tolist())
+    assert len(lengths) > 3
+    assert max(lengths) > 12
+    for batch, temperature in ((greedy, 1.0), (drawn, 0.6)):
+        logp, H = Policy(lm)(batch, temperature)
+        assert_close(batch.old_logp, logp, rtol=1e-3, atol=1e-4)
+        assert_close(batch.H, H, rtol=1e-3, atol=1e-4)
+
+
+def test_a_response_that_stops_with_its_last_possible_token_has_ended():
+    """A greedy response that stops after n tokens has ended with n tokens allowed too, and is cut
+    off with one less; its length alone does not tell."""
+    lm = tiny_lm(seed=3)
+    tokens = sample(lm, 1, 9, 0, []).response(0)
+    stop = tokens[4]
+    n = tokens.index(stop) + 1
+    assert n > 1
+    for max_tokens, ended in ((n + 3, True), (n, True), (n - 1, False)):
+        batch = sample(lm, 1, max_tokens, 0, [stop], PROMPTS[:1])
+        assert batch.response(0) == tokens[:min(n, max_tokens)]
+        assert batch.ended.tolist() == [ended]
+
+
+def test_a_response_depends_on_its_prompts_seed_alone():
+    """In slots for one group, for two, or for all, in another order, and alone: the same tokens and
+    nearly the same numbers. Another seed gives others, and so does another try."""
+    lm = tiny_lm()
+    prompts = 2 * (PROMPTS + [[3], [4, 4, 4, 4], PROMPTS[0]])
+
+    def in_slots(slots, order):
+        chosen = [prompts[i] for i in order]
+        seeds = [100 + i for i in order]
+        return eapo.generate(lm, chosen, 4, 12, 1.0, 0.9, [1, 2, 3], seeds, slots)
+
+    together = in_slots(512, range(12))
+    expected = responses_of(together)
+    lengths = {len(response) for response in expected}
+    assert len(lengths) > 4
+    for slots in (1, 11):
+        batch = in_slots(slots, range(12))
+        assert responses_of(batch) == expected
+        assert_close(batch.old_logp, together.old_logp, rtol=1e-3, atol=1e-4)
+        assert_close(batch.H, together.H, rtol=1e-3, atol=1e-4)
+    for order in ([5, 3, 0, 4, 1, 2], [2]):
+        batch = in_slots(8, order)
+        assert responses_of(batch) == [expected[4 * g + i] for g in order for i in range(4)]
+    assert expected[0] != expected[1]
+    assert expected[:4] != expected[20:24]
+
+
+def test_nothing_to_sample_is_an_empty_batch():
+    batch = sample(tiny_lm(), 4, 12, 1.0, [1], prompts=[])
+    assert len(batch.ids) == len(batch.ended) == 0
+    assert batch.old_logp.shape == batch.H.shape == (0, 0)
 
 
 def test_draw_follows_temperature_and_top_p():
-    """p = .5 .3 .2, laid end to end, over even u: top-p .6 keeps the first two (.5 < .6), which
+    """p = .2 .5 .3, laid end to end, over even u: top-p .6 keeps the likeliest two (.5 < .6), which
     share the line as .625 and .375; top-p .5 keeps one. At temperature 1/2 p goes as its square:
-    .25 .09 .04 over .38."""
-    logits = torch.tensor([.2, .5, .3]).log().expand(20000, 3)
+    .04 .25 .09 over .38."""
+    logits = tensor([.2, .5, .3]).log().expand(20000, 3)
     u = (torch.arange(20000) + .5) / 20000
-    share = lambda *how: (torch.bincount(eapo.draw(logits, u, *how), minlength=3) / 20000).tolist()
-    assert share(1.0, 1.0) == pytest.approx([.2, .5, .3], abs=1e-3)
-    assert share(1.0, .6) == pytest.approx([0, .625, .375], abs=1e-3)
-    assert share(1.0, .5) == [0, 1, 0] and share(0, 1.0) == [0, 1, 0]
-    assert share(0.5, 1.0) == pytest.approx([.105, .658, .237], abs=1e-3)
+    for temperature, top_p, shares in ((1.0, 1.0, [.2, .5, .3]), (1.0, .6, [0, .625, .375]),
+                                       (1.0, .5, [0, 1, 0]), (0, 1.0, [0, 1, 0]),
+                                       (0.5, 1.0, [.105, .658, .237])):
+        tokens = eapo.draw(logits, u, temperature, top_p)
+        counts = torch.bincount(tokens, minlength=3)
+        near(counts / 20000, shares, within=1e-3)
 
 
-def test_no_token_without_probability_is_ever_drawn():
-    """u at both ends of [0, 1), and tokens of probability 0 at both ends of the vocabulary."""
-    logits = torch.tensor([[float("-inf"), 0, 0, float("-inf")]])
-    for u, token in ((0.0, 1), (1 - 2 ** -24, 2)):
-        assert eapo.draw(logits, torch.tensor([u]), 1.0, 1.0).tolist() == [token]
+@pytest.mark.parametrize("top_p", [1.0, 0.99])
+def test_no_token_without_probability_is_ever_drawn(top_p):
+    """The first and last ten of 60 tokens are forbidden; u stands at both ends of [0, 1), and the
+    probabilities add up to a little more or less than 1, in 1000 ways."""
+    torch.manual_seed(0)
+    logits = torch.randn(1000, 60)
+    logits[:, :10] = -math.inf
+    logits[:, 50:] = -math.inf
+    for u in (0.0, 1 - 2 ** -24):
+        tokens = eapo.draw(logits, torch.full((1000,), u), 1.0, top_p)
+        assert tokens.min() >= 10
+        assert tokens.max() < 50
 
 
-def test_a_response_depends_on_its_prompts_seed_and_not_on_its_neighbours():
-    """Sampled with others and alone, in another order: the same tokens."""
-    lm, how = tiny_lm(), (4, 12, 1.0, 0.9, [1, 2, 3])
-    together = eapo.sample_loop(lm, PROMPTS, *how, SEEDS)
-    for g in (2, 0, 1):
-        alone = eapo.sample_loop(lm, PROMPTS[g:g + 1], *how, SEEDS[g:g + 1])
-        assert [alone.response(i) for i in range(4)] == \
-            [together.response(4 * g + i) for i in range(4)]
-    assert together.response(0) != together.response(1)
+def test_as_many_slots_are_used_as_memory_holds():
+    """2 (keys, values) x 1 layer x 2 heads x 25 numbers of 4 bytes are 400 a token; 10 tokens and
+    40 bytes for a vocabulary of one make 4,040 a slot. 4/5 of 50,500 bytes hold ten of them; 512
+    are the most. Without grouped heads there are 4, and 8,040 bytes."""
+    config = types.SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, hidden_size=100,
+                                   num_attention_heads=4, vocab_size=1)
+    lm = types.SimpleNamespace(config=config, dtype=torch.float32)
+    cfg = settings("--max-prompt-tokens", 4, "--max-response-tokens", 6)
+    for free, slots in ((50500, 10), (50499, 9), (math.inf, 512)):
+        assert slots_that_fit(lm, cfg, free) == slots
+    config.num_key_value_heads = None
+    assert slots_that_fit(lm, cfg, 100500) == 10
+    config.head_dim = 50
+    assert slots_that_fit(lm, cfg, 100500) == 5
 
 
-def test_greedy_tokens_are_scored_at_temperature_one():
-    logits, tokens = torch.randn(3, 5), torch.tensor([0, 1, 2])
-    for x, y in zip(*(eapo.log_prob_and_entropy(logits, tokens, T) for T in (0, 1.0))):
-        assert x.equal(y)
+def test_a_model_that_cannot_be_sampled_from_is_found_out():
+    """A bias on the logits, which hidden states times a matrix leave out."""
+    assert eapo.sampling_error(tiny_lm()) is None
+    lm = tiny_lm(tied=False)
+    lm.set_output_embeddings(torch.nn.Linear(32, 32))
+    assert "as scored" in eapo.sampling_error(lm)
 
 
-def test_a_row_that_stops_does_not_disturb_the_others():
-    """Greedy rows are independent: with and without the neighbours that stop early."""
-    lm = tiny_lm(seed=3)
-    all_rows = eapo.sample_loop(lm, PROMPTS, 1, 20, 0, 1.0, [1, 4, 7, 9], SEEDS)
-    assert len(set(all_rows.response_len.tolist())) > 1
-    for i, prompt in enumerate(PROMPTS):
-        alone = eapo.sample_loop(lm, [prompt], 1, 20, 0, 1.0, [1, 4, 7, 9], [0])
-        assert all_rows.response(i) == alone.response(0)
+# ---- rollouts ------------------------------------------------------------------------------------
+
+class InOrder:
+    """A stand-in for Stream that hands out problems in their own order."""
+
+    def __init__(self, problems):
+        self.numbered = enumerate(problems)
+
+    def take(self, n):
+        return list(itertools.islice(self.numbered, n))
+
+
+@pytest.mark.parametrize("resample, tried", [(0, 6), (1, 10), (2, 13), (20, 18)])
+def test_groups_that_agree_are_replaced_up_to_the_cap(resample, tried):
+    """Problem i is always right if i % 3 is 0, always wrong if 1, else mixed. The first round of 6
+    keeps 2 and 5. Of the next four, 6 to 9, it keeps 8, then of 10 to 12 11, of 13 and 14 14, of 15
+    none, of 16 none, and 17. Then it has the 6 it wanted."""
+    alternating = itertools.cycle([True, False])
+
+    def check(text, kind):
+        return next(alternating) if kind == 2 else kind == 0
+
+    run = a_run(tiny_model(0)[0], "--prompts-per-step", 6, "--group-size", 4, "--resample",
+                resample, "--max-response-tokens", 2)
+    problems = [Problem("", i % 3, check=check, ids=[5]) for i in range(30)]
+    run.stream = InOrder(problems)
+    batch = eapo.collect_rollouts(run)
+    assert batch.number.tolist() == [i for i in range(tried) for _ in range(4)]
+    assert batch.kept.equal(batch.number % 3 == 2)
+
+
+def test_every_kept_group_is_in_one_mini_batch():
+    """5 of 7 groups of 2 are kept, at most 2 in a mini-batch: 3 of them, of 1, 2 and 2 groups. The
+    second of two processes has every other group of each."""
+    run = a_run(None, "--group-size", 2, "--prompts-per-minibatch", 2)
+    batch = batch_of(*[1] * 14)
+    batch.number = torch.arange(14) // 2
+    batch.kept = (batch.number != 1) & (batch.number != 4)
+    minis = [mini.number.tolist() for mini in eapo.mini_batches(run, batch)]
+    assert minis == [[0, 0], [2, 2, 3, 3], [5, 5, 6, 6]]
+    run.world.size = 2
+    run.world.rank = 1
+    minis = [mini.number.tolist() for mini in eapo.mini_batches(run, batch)]
+    assert minis == [[], [3, 3], [6, 6]]
+
+
+def test_micro_batches_hold_at_most_so_many_tokens_and_every_row_once():
+    """Rows of 2, 9, 4, 3, 4 tokens, 8 at most with padding: 9 alone, 4 with 4, then 3 with 2. A
+    process that has fewer than another adds empty ones."""
+    run = a_run(None, "--microbatch-tokens", 8)
+    batch = batch_of(1, 8, 3, 2, 3)
+    pieces = [rows.tolist() for rows in eapo.micro_batch_rows(run, batch)]
+    assert pieces == [[1], [2, 4], [3, 0]]
+    shapes = [micro.ids.shape for micro in eapo.micro_batches(run, batch)]
+    assert shapes == [(1, 9), (2, 4), (2, 3)]
+    run.world.gather = lambda x: [x, 5]
+    pieces = [rows.tolist() for rows in eapo.micro_batch_rows(run, batch)]
+    assert pieces == [[1], [2, 4], [3, 0], [], []]
+
+
+def test_batches_are_put_together_and_taken_apart():
+    """Rows of 2 + 1 and 1 + 3 tokens: 4 wide together; fields (N, T) are 1 and 3 wide."""
+    one = make_batch([[5, 6]], [[7]])
+    two = make_batch([[5]], [[7, 8, 9]])
+    one.H = tensor([[.1]])
+    two.H = tensor([[.2, .3, .4]])
+    both = eapo.concatenate([one, two])
+    assert both.ids.tolist() == [[5, 6, 7, 0], [5, 7, 8, 9]]
+    near(both.H, [[.1, 0, 0], [.2, .3, .4]])
+    assert both.mask.equal(mask_of(1, 3))
+    assert both.reward is None
+    again = both.rows(tensor([0]))
+    assert again.ids.tolist() == [[5, 6, 7]]
+    assert again.H.equal(one.H)
+
+
+def test_every_prompt_of_every_step_and_set_has_random_numbers_of_its_own():
+    """Three problems with the same prompt, for training and in a set called x, with two seeds: two
+    responses of 12 tokens to each, 24 in all, no two alike; and the same when asked again."""
+    lm, _ = tiny_model(0)
+    problem = Problem("", "", ids=[5])
+    numbered = [(0, problem), (1, problem), (2, problem)]
+    seen = []
+    for seed, name in itertools.product((0, 1), ("train", "x")):
+        run = a_run(lm, "--seed", seed, "--max-response-tokens", 12)
+        run.stop_ids = [0]
+        batch = sample_and_mark(run, numbered, name, 2, 1.0, 1.0)
+        again = sample_and_mark(run, numbered[::-1], name, 2, 1.0, 1.0)
+        assert batch.number.tolist() == [0, 0, 1, 1, 2, 2]
+        assert responses_of(batch) == responses_of(again)
+        seen += responses_of(batch)
+    assert len({tuple(response) for response in seen}) == 24
+
+
+def test_a_response_is_marked_by_its_problems_check_or_by_the_verifier():
+    """Against its own problem's answer, and without its stop token: "12" has an even length."""
+    run = a_run()
+    boxed = run.tokenizer("\\boxed{12}").input_ids
+    plain = run.tokenizer("12").input_ids
+    stop = [1]
+    responses = [boxed, boxed + stop, plain + stop, plain]
+    batch = make_batch([[5]] * 4, responses)
+    problems = [Problem("", "12"), Problem("", "13"), Problem("", check=odd),
+                Problem("", "x", check=lambda text, answer: text + answer == "12x")]
+    eapo.mark(run, batch, problems)
+    assert batch.right.tolist() == [True, False, False, True]
+    assert batch.reward.tolist() == [1, -1, -1, 1]
+
+
+def test_overlong_responses_lose_up_to_one():
+    """L_max 8, the last half: lengths 1, 4, 6, 8 of right responses earn 1, 1, 1 - 2/4, 1 - 4/4,
+    and a wrong one of 7 tokens earns -1 - 3/4; the verdicts stay. Off by default."""
+    def check(text, verdict):
+        return verdict
+
+    batch = batch_of(1, 4, 6, 8, 7)
+    verdicts = [True, True, True, True, False]
+    problems = [Problem("", verdict, check=check) for verdict in verdicts]
+    run = a_run(None, "--max-response-tokens", 8, "--overlong", 0.5)
+    eapo.mark(run, batch, problems)
+    assert batch.reward.tolist() == [1, 1, .5, 0, -1.75]
+    assert batch.right.tolist() == verdicts
+    run.cfg.overlong = 0
+    eapo.mark(run, batch, problems)
+    assert batch.reward.tolist() == [1, 1, 1, 1, -1]
+
+
+def test_scoring_takes_both_numbers_from_the_policy():
+    """In micro-batches of one row, whose rows are cut to their own length. Processes send each
+    other the batch pickled, and two views of one storage would go twice."""
+    run = a_run(tiny_lm(), "--microbatch-tokens", 8)
+    batch = batch_of(1, 5, 2)
+    eapo.score(run, batch, 0.7)
+    logp, H = run.policy(batch, 0.7)
+    near(batch.old_logp, logp.detach())
+    near(batch.H, H.detach())
+    for found in (batch.old_logp, batch.H):
+        assert found.untyped_storage().nbytes() == 4 * 15
+        assert not found.requires_grad
+
+
+def test_a_bf16_sampler_is_scored_by_the_policy():
+    """What bf16 and its cache said of the tokens is only good for `gap`, the sum over a response of
+    how far it was off."""
+    run = a_run(tiny_model(0)[0], "--max-response-tokens", 12)
+    run.world.bf16 = True
+    run.sampler = tiny_model(0)[0].bfloat16()
+    problem = Problem("", "", ids=[5, 7])
+    numbered = [(0, problem), (1, problem), (2, problem)]
+    batch = sample_and_mark(run, numbered, "train", 2, 0.7, 1.0)
+    logp, H = run.policy(batch, 0.7)
+    near(batch.old_logp, logp.detach())
+    near(batch.H, H.detach())
+    assert (batch.gap > 0).all()
+    assert batch.gap.sum() / batch.mask.sum() < 0.1
+
+
+# ---- warm-up -------------------------------------------------------------------------------------
+
+def test_the_warm_up_is_supervised_learning_on_solutions(toy_data, optimizer_steps):
+    """Two steps of AdamW on the mean of -log p over all solution tokens and stop tokens of 16
+    problems (each of the 8 twice), with gradients scaled down to norm 1."""
+    run = a_run(tiny_model(0)[0].eval(), "--warmup-data", "toy", "--warmup-steps", 2,
+                "--warmup-learning-rate", 0.02, "--microbatch-tokens", 20)
+    eapo.warm_up(run)
+
+    lm = tiny_model(0)[0].eval()
+    weights = list(lm.parameters())
+    optimizer = torch.optim.AdamW(weights, weight_decay=0)
+    prompts = []
+    solutions = []
+    for problem in toy("warmup"):
+        prompts.append(run.tokenizer(problem.problem).input_ids)
+        solutions.append(run.tokenizer(problem.solution).input_ids + [1])
+    batch = make_batch(prompts, solutions)
+    for rate, found in list(optimizer_steps):
+        optimizer.zero_grad()
+        logps = [naive(lm, batch, i)[0] for i in range(8)]
+        loss = -torch.cat(logps).mean()
+        loss.backward()
+        gradient = torch.cat([w.grad.flatten() for w in weights])
+        norm = gradient.norm()
+        assert norm > 1
+        assert (found - gradient / norm).norm() < 0.01
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()            # the first step of Adam does not mind the scale of a gradient
+
+
+def test_the_warm_ups_rate_rises_over_20_steps_and_falls_at_the_end(toy_data, optimizer_steps):
+    """30 steps: a twentieth more each time up to the 20th; the last 30%, 9 steps, fall by a ninth
+    each, so the 22nd still has the full rate and the last a ninth. Then the solutions are known."""
+    run = a_run(tiny_model(0)[0], "--warmup-data", "toy", "--warmup-steps", 30,
+                "--warmup-learning-rate", 0.001)
+    eapo.warm_up(run)
+    rates = [rate for rate, _ in optimizer_steps]
+    rises = [0.001 * n / 20 for n in range(1, 21)]
+    falls = [0.001 * n / 9 for n in range(8, 0, -1)]
+    assert rates == approx(rises + [0.001, 0.001] + falls)
+    assert all(gradient.norm() < 1.0001 for _, gradient in optimizer_steps)
+    solved = eapo.solution_batch(run, load_problems(run, "toy", "warmup"))
+    logp, _ = run.policy(solved, 1.0)
+    assert logp.min() > math.log(0.9)
+
+
+def test_a_solution_ends_with_the_stop_token_and_is_cut_to_the_limit():
+    """The first of the stop tokens is the one that is taught."""
+    run = a_run(None, "--max-response-tokens", 4)
+    run.stop_ids = [9, 1]
+    ids = run.tokenizer("12").input_ids
+    short = Problem("", solution=12, ids=[5])
+    long = Problem("", solution="1212", ids=[5, 6])
+    batch = eapo.solution_batch(run, [short, long])
+    assert responses_of(batch) == [ids + [9], ids + ids]
+    assert batch.prompt_len.tolist() == [1, 2]
+
+
+def test_stop_ids_are_the_tokenizers_then_the_models_each_once(tmp_path):
+    lm, tokenizer = tiny_model(0)
+    tokenizer.save_pretrained(tmp_path)
+    cfg = settings("--model", tmp_path)
+    for ends, expected in (([7, 1, 5], [1, 7, 5]), (7, [1, 7]), (None, [1])):
+        lm.generation_config.eos_token_id = ends
+        lm.save_pretrained(tmp_path)
+        _, _, stop_ids = eapo.load_model(cfg, eapo.World(cfg))
+        assert stop_ids == expected
 
 
 # ---- problems and prompts ------------------------------------------------------------------------
 
-def test_a_pupil_is_right_exactly_when_every_carry_is_written():
+def test_a_worked_solution_is_right_exactly_when_every_carry_is_written():
     """And about 4 in 10 are, as the warm-up wants."""
     problems = eapo.addition("warmup")[:2000]
     right = 0
-    for p in problems:
-        a, b = p.problem[:-1].split("+")
-        carries, carry = [], 0
+    for problem in problems:
+        a, b = problem.problem[:-1].split("+")
+        carries = []
+        carry = 0
         for x, y in zip(reversed(a), reversed(b)):
-            carries.append(bool(carry))
-            carry = int(x) + int(y) + carry > 9
-        written = [c.count("+") == 2 for c in p.solution.split(" ")[:4]]
-        assert eapo.is_correct(p.solution, p.answer) == (written == carries)
+            carries.append(carry == 1)
+            carry = (int(x) + int(y) + carry) // 10
+        columns = problem.solution.split(" ")[:4]
+        written = [column.count("+") == 2 for column in columns]
+        assert is_correct(problem.solution, problem.answer) == (written == carries)
         right += written == carries
     assert 0.35 < right / 2000 < 0.5
 
 
-def test_exam_training_and_warm_up_share_no_problem():
-    parts = [{p.problem for p in eapo.addition(split)} for split in ("exam", "train", "warmup")]
-    assert [len(p) for p in parts] == [128, 8192, 20800]
-    assert len(set.union(*parts)) == sum(map(len, parts))
+def test_a_column_is_carried_more_often_the_bigger_it_feels():
+    """A column of 14 is carried with probability sigmoid(1) = .731, one of 10 with sigmoid(-5/3) =
+    .159. Which digit of a column comes first is a coin."""
+    rng = random.Random(0)
+    for x, y, expected in ((9, 5, .731), (4, 6, .159)):
+        carried = 0
+        swapped = 0
+        for _ in range(4000):
+            solution = eapo.column_addition(x, y, rng, letters=0)
+            first, second, *_ = solution.split(" ")
+            carried += second == "0+0+1=1"
+            swapped += first.startswith(f"{y}+{x}=")
+        assert carried / 4000 == approx(expected, abs=.03)
+        assert swapped / 4000 == approx(.5, abs=.03)
 
 
-def test_a_prompt_is_rendered_once_with_one_bos():
-    """A template that writes BOS itself, a tokenizer that adds BOS too, and a base model."""
+def test_chatter_is_the_same_task_with_letters_that_nothing_depends_on():
+    """Three behind each column. Of the tokens of part 8, the first digit of a column is its order
+    (o), + or = behind the two digits of any but the first column its carry (c), letters are l."""
+    problem = eapo.chatter("eval")[0]
+    columns = problem.solution.split(" ")[:4]
+    assert problem.problem == eapo.addition("eval")[0].problem
+    assert all(column[-3:].isalpha() for column in columns)
+    kinds = eapo.addition_kinds(list("9+0=9abc 7+4+1=12"))
+    initials = [kind[0] for kind in kinds]
+    assert "".join(initials) == "orrrrlllrorrcrrrr"
+
+
+def test_evaluation_training_and_warm_up_share_no_problem():
+    texts = []
+    for split, size in (("eval", 128), ("train", 8192), ("warmup", 20800)):
+        problems = eapo.addition(split)
+        assert len(problems) == size
+        texts += [problem.problem for problem in problems]
+    assert len(set(texts)) == len(texts)
+
+
+def test_a_prompt_has_one_bos_and_no_eos():
+    """A template that writes BOS itself, a tokenizer that adds BOS too, and a base model, whose
+    tokenizer here ends every text with EOS."""
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    bos = tokenizer.bos_token_id
-    tokenizer.chat_template = "<s>{{ messages[0]['content'] }}"
-    ids = eapo.render(tokenizer, "1+1=")
-    assert ids.count(bos) == 1 and ids[-1] != tokenizer.eos_token_id
+    tokenizer.chat_template = ("<s>{{ messages[0]['role'] }}: {{ messages[0]['content'] }}"
+                               "{% if add_generation_prompt %} Answer:{% endif %}")
+    ids = eapo.prompt_ids(tokenizer, "1+1=")
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids) == "<s>user: 1+1= Answer:"
     tokenizer.chat_template = None
-    ids = eapo.render(tokenizer, "1+1=")
-    assert ids[-1] != tokenizer.eos_token_id        # this tokenizer ends every text with eos
-    assert tokenizer.decode(ids) == "1+1=" + eapo.SUFFIX
+    ids = eapo.prompt_ids(tokenizer, "1+1=")
+    assert tokenizer.decode(ids) == "1+1=" + eapo.INSTRUCTION
 
 
 def load_file(path, split):
-    run = a_run()
-    run.tokenizer = eapo.tiny_model(0)[1]
-    return eapo.load_problems(run, str(path), split)
+    return load_problems(a_run(), str(path), split)
 
 
-@pytest.mark.parametrize("name, text, part", [
-    ("a.jsonl", """{"problem": "1+1", "answer": 2}
-                   {"problem": "2+2", "answer": ["4", "four"]}""", "train"),
-    ("a.csv", "question,ground_truth\n1+1,2\n2+2,4\n", "exam"),
-    ("bom.jsonl", '\ufeff{"problem": "1+1", "answer": 2}\n{"problem": "2+2", "answer": 4}', "exam"),
-    ("b.jsonl", """{"prompt": "1+1", "solution": "so \\\\boxed{2}"}
-                   {"prompt": "2+2", "solution": "4"}""", "train")])
-def test_problems_load_from_files_with_the_usual_column_names(tmp_path, name, text, part):
-    (tmp_path / name).write_text(text)
-    one, two = load_file(tmp_path / name, part)
-    assert (one.problem, two.problem) == ("1+1", "2+2")
-    assert eapo.is_correct("\\boxed{2}", one.answer) and eapo.is_correct("\\boxed{4}", two.answer)
-    assert not eapo.is_correct("\\boxed{2}", two.answer)
+JSONL = """{"problem": "1+1", "answer": ["2"]}
+
+{"problem": "2+2", "answer": ["4", "four"]}
+"""
+SOLUTIONS = """{"prompt": "1+1", "solution": "so \\\\boxed{2}"}
+{"prompt": "2+2", "solution": "4"}
+"""
 
 
-def test_parquet_loads_too(tmp_path):
-    import datasets
-    path = str(tmp_path / "a.parquet")
-    datasets.Dataset.from_list([{"problem": "1+1", "answer": "2"}]).to_parquet(path)
-    (p,) = load_file(path, "train")
-    assert (p.problem, p.answer) == ("1+1", "2") and len(p.ids) == 3
+@pytest.mark.parametrize("name, text", [
+    ("a.jsonl", JSONL), ("bom.jsonl", "\ufeff" + JSONL), ("b.JSONL", SOLUTIONS),
+    ("a.csv", "question,ground_truth\n1+1,2\n2+2,4\n")])
+def test_problems_load_from_files_with_the_usual_column_names(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    one, two = load_file(tmp_path / name, "train")
+    assert one.problem == "1+1"
+    assert two.problem == "2+2"
+    assert len(one.ids) == 3
+    assert is_correct("\\boxed{2}", one.answer)
+    assert is_correct("\\boxed{4}", two.answer)
+    assert not is_correct("\\boxed{2}", two.answer)
 
 
-def test_a_hub_set_gives_the_split_named_the_only_one_or_the_usual_one(monkeypatch):
-    monkeypatch.setattr(eapo.datasets, "load_dataset", lambda name, split: [name, split])
-    for parts, source, split, want in (
-            (["train"], "a/b", "exam", "train"), (["x"], "a/b", "train", "x"),
-            (["train", "test"], "a/b", "exam", "test"),
-            (["test", "train"], "a/b", "train", "train"),
-            (["aime24", "amc"], "a/b:amc", "exam", "amc")):
-        monkeypatch.setattr(eapo.datasets, "get_dataset_split_names", lambda name: parts)
-        assert eapo.read_rows(source, split) == ["a/b", want]
-    with pytest.raises(SystemExit, match="has the splits aime24, amc: name one as a/b:aime24"):
-        eapo.read_rows("a/b", "exam")
+def test_a_column_with_its_own_name_wins_and_a_warm_up_takes_solutions(tmp_path):
+    rows = [{"question": "no", "problem": "1+1", "solution": "so 2", "answer": "2"}]
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    for split, answer, solution in (("train", "2", ""), ("warmup", None, "so 2")):
+        problem, = load_file(path, split)
+        assert problem.problem == "1+1"
+        assert problem.answer == answer
+        assert problem.solution == solution
+
+
+def test_a_hub_set_gives_the_split_named_or_the_usual_one(monkeypatch):
+    def load_dataset(name, split):
+        return [name, split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert eapo.read_rows("a/b", "train") == ["a/b", "train"]
+    assert eapo.read_rows("a/b", "warmup") == ["a/b", "train"]
+    assert eapo.read_rows("a/b", "eval") == ["a/b", "test"]
+    assert eapo.read_rows("a/b:amc", "eval") == ["a/b", "amc"]
 
 
 def test_a_prompt_as_long_as_the_limit_stays_and_a_longer_one_is_left_out(tmp_path, capsys):
-    (tmp_path / "x.jsonl").write_text(
-        '{"problem": "123", "answer": "1"}\n{"problem": "1234", "answer": "1"}\n')
-    run = a_run(tiny_lm(), "--max-prompt-tokens", 3)
-    run.tokenizer = eapo.tiny_model(0)[1]
-    left = eapo.load_problems(run, str(tmp_path / "x.jsonl"), "train")
-    assert [p.problem for p in left] == ["123"]
+    rows = ['{"problem": "123", "answer": "1"}', '{"problem": "1234", "answer": "1"}']
+    (tmp_path / "x.jsonl").write_text("\n".join(rows))
+    run = a_run(None, "--max-prompt-tokens", 3)
+    left = load_problems(run, str(tmp_path / "x.jsonl"), "train")
+    assert [problem.problem for problem in left] == ["123"]
     assert "1 of 2 prompts left out" in capsys.readouterr().out
 
 
-def test_an_unreadable_csv_is_named_with_what_is_wrong_in_it(tmp_path):
-    (tmp_path / "x.csv").write_text("problem,answer\n1+1,2\n1,2,3,4\n")
-    with pytest.raises(SystemExit, match="cannot use .*x.csv: .*Expected 2 fields"):
-        load_file(tmp_path / "x.csv", "train")
-
-
-def test_the_longest_exam_must_fit_the_model_too():
-    run = a_run(eapo.tiny_model(0)[0], "--max-response-tokens", 8)
-    run.tokenizer = eapo.tiny_model(0)[1]
-    short, long = (Problem("0" * n, "0", ids=[3] * n) for n in (3, 505))
-    eapo.doctor(run, [short])
-    run.exams = {"exam": [long]}
-    with pytest.raises(SystemExit, match="reads 512 tokens, .* has 513"):
-        eapo.doctor(run, [short])
-
-
-def test_the_tiny_model_refuses_problems_in_words():
-    run = a_run(eapo.tiny_model(0)[0], "--max-response-tokens", 8)
-    run.tokenizer = eapo.tiny_model(0)[1]
-    for text, works in (("1+2=", True), ("1 egg", False)):
-        ids = eapo.render(run.tokenizer, text)
-        with contextlib.nullcontext() if works else pytest.raises(SystemExit, match="name another"):
-            eapo.doctor(run, [Problem(text, "3", ids=ids)])
-
-
-def test_an_error_without_words_is_called_by_its_name():
-    with pytest.raises(SystemExit, match="cannot use x: ValueError"), eapo.using("x"):
-        raise ValueError
-
-
 @pytest.mark.parametrize("text, says", [
-    ('{"problem": "1"', "line 1: Expecting"),
-    ('{"problem": "1", "answer": "1"}\n\n[1]\n', "line 3: not an object"),
+    ('{"problem": "1"', "cannot use .*x.jsonl: .*JSON parse error"),
     ('{"text": "1", "answer": "1"}\n', "has the columns text, answer: which is the problem"),
     ('{"question": "1", "prompt": "1", "answer": "1"}\n', "prompt, answer: which is the problem"),
     ('{"problem": "' + "1" * 40 + '", "answer": "1"}\n', "no prompt is within --max-prompt-tok"),
-    ('{"problem": "1", "answer": ""}\n', "row 1: problem or answer is empty"),
+    ('{"problem": "1", "answer": ""}\n', "row 1: the answer is empty"),
+    ('{"problem": "1", "answer": []}\n', "row 1: the answer is empty"),
     ('{"problem": [{"role": "user"}], "answer": "1"}\n', "row 1: the problem must be text"),
-    ('{"problem": "1", "answer": "1"}\n{"problem": "2"}\n', "row 2: problem or answer is empty"),
-    ("", "no rows")])
+    ('{"problem": "1", "answer": "1"}\n{"problem": "2"}\n', "row 2: the answer is empty"),
+    ("", "no such file, or an empty one")])
 def test_bad_data_gets_one_line_that_says_where(tmp_path, text, says):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=says):
         load_file(tmp_path / "x.jsonl", "train")
 
 
+def test_an_unreadable_csv_is_named_with_what_is_wrong_in_it(tmp_path):
+    """And an error without words is called by its kind."""
+    (tmp_path / "x.csv").write_text("problem,answer\n1+1,2\n1,2,3,4\n")
+    with pytest.raises(SystemExit, match="cannot use .*x.csv: .*Expected 2 fields"):
+        load_file(tmp_path / "x.csv", "train")
+    with pytest.raises(SystemExit, match="cannot use x: ValueError"), eapo.one_line_errors("x"):
+        raise ValueError
+
+
+def test_the_longest_prompt_of_all_sets_must_fit_the_model():
+    """The tiny model reads 512 tokens: 504 and 8 fit, 505 and 8 do not."""
+    run = a_run(tiny_model(0)[0], "--max-response-tokens", 8)
+    short = Problem("00", "0", ids=run.tokenizer("00").input_ids)
+    run.eval_sets = {"x": [Problem("", "0", ids=[3] * 504)]}
+    sanity_check(run, [short])
+    run.eval_sets = {"x": [Problem("", "0", ids=[3] * 505)]}
+    with pytest.raises(SystemExit, match="reads 512 tokens, .* has 513"):
+        sanity_check(run, [short])
+
+
+def test_the_tiny_model_refuses_problems_in_words():
+    run = a_run(tiny_model(0)[0], "--max-response-tokens", 8)
+    sums = Problem("1+2=", "3", ids=run.tokenizer("1+2=").input_ids)
+    words = Problem("two", "3", ids=run.tokenizer("two").input_ids)
+    sanity_check(run, [sums])
+    with pytest.raises(SystemExit, match="name another"):
+        sanity_check(run, [words])
+
+
+def test_a_stream_gives_every_problem_once_an_epoch_and_goes_on_from_its_position():
+    """Ten problems, 20 taken in threes and tens: two epochs in different orders. A stream with
+    another seed has another order."""
+    problems = list(range(10))
+    stream = Stream(problems, seed=0)
+    taken = []
+    for n in (3, 10, 7):
+        taken += stream.take(n)
+    order = [problem for _, problem in taken]
+    assert [number for number, _ in taken] == list(range(20))
+    assert sorted(order[:10]) == sorted(order[10:]) == problems
+    assert order[:10] != order[10:]
+    later = Stream(problems, seed=0)
+    later.position = 7
+    assert later.take(13) == taken[7:]
+    assert Stream(problems, seed=1).take(10) != taken[:10]
+
+
+def test_other_problems_or_other_answers_are_other_data():
+    """A checkpoint keeps a number by which the data are known again."""
+    run = a_run()
+    run.optimizer = eapo.new_optimizer(run, 0.1, 0.999)
+
+    def data(problem, answer):
+        run.stream = Stream([Problem(problem, answer, ids=[5])], seed=0)
+        return eapo.checkpoint_state(run, step=0)["data"]
+
+    assert data("1+1", "2") == data("1+1", 2)
+    assert data("1+1", "2") != data("1+1", "3")
+    assert data("1+1", "2") != data("1+2", "2")
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("args, says", [
-    (["--group-size", "1"], "--group-size 2 or more"), (["--alpha", "2"], "turn the sign"),
-    (["--model", "x", "--warmup-steps", "3"], "needs --warmup-data"),
-    (["--method", "kl-cov", "--quadrants", "PHR"], "kl-cov learns without credit too"),
-    (["--clip-c", "1.1"], "--clip-c must lie above"), (["--prompts-per-step", "0"], "1 or more")])
-def test_impossible_numbers_are_refused_with_a_remedy(args, says):
+    ("--group-size 1", "--group-size 2 or more"),
+    ("--alpha 2", "turn the sign"),
+    ("--alpha -0.1", "turn the sign"),
+    ("--model x --warmup-steps 3", "needs --warmup-data"),
+    ("--clip-c 1.28", "--clip-c must lie above"),
+    ("--prompts-per-step 0", "--prompts-per-step must be 1 or more"),
+    ("--max-response-tokens 0", "--max-response-tokens must be 1 or more"),
+    ("--resample -1", "--resample must be 0 or more"),
+    ("--learning-rate -1", "0 or more"),
+    ("--seed -1", "0 or more"),
+    ("--quadrants PHX", "no quadrant is called PHX, only PHR, PLR, NLR, NHR"),
+    ("--without PHR,X", "no quadrant is called X"),
+    ("--method grpo --without PHR", "--without is for --method eapo"),
+    ("--loss-mean rows", "--loss-mean is tokens or group"),
+    ("--temperature 0", "--temperature must be above 0"),
+    ("--top-p 0", "--top-p must be above 0 and at most 1"),
+    ("--eval-top-p 1.5", "--eval-top-p must be above 0"),
+    ("--overlong 1", "is a share, from 0 to below 1")])
+def test_impossible_settings_are_refused_with_a_remedy(args, says):
     with pytest.raises(SystemExit, match=says):
-        eapo.parse_args(args)
+        settings(*args.split())
 
 
-def test_the_defaults_are_the_papers_and_the_tiny_models_fit_a_laptop():
-    paper = eapo.parse_args(["--model", "Qwen/Qwen2.5-Math-7B"])
-    assert (paper.learning_rate, paper.prompts_per_step, paper.prompts_per_minibatch,
-            paper.group_size, paper.steps, paper.top_p, paper.alpha, paper.phi, paper.clip_low,
-            paper.clip_high, paper.max_prompt_tokens, paper.max_response_tokens) == (
-            1e-6, 512, 32, 8, 220, .95, .2, 2, .2, .28, 1024, 3072)
-    small = eapo.parse_args(["--model", "agentica-org/DeepScaleR-1.5B-Preview"])
-    assert (small.group_size, small.prompts_per_step, small.max_response_tokens) == (16, 64, 24576)
-    assert eapo.parse_args([]).train_data == "addition"
-    assert eapo.parse_args(["--steps", "7"]).steps == 7
+def test_the_defaults_are_the_papers():
+    """Table 6, with Qwen2.5-Math-7B. Others are off: warm-up, the penalty for length."""
+    paper = dict(
+        prompts_per_step=512, prompts_per_minibatch=32, group_size=8, steps=220, learning_rate=1e-6,
+        max_prompt_tokens=1024, max_response_tokens=3072, temperature=1, top_p=.95, method="eapo",
+        alpha=.2, phi=2, clip_low=.2, clip_high=.28, loss_mean="tokens", overlong=0, warmup_steps=0)
+    cfg = vars(settings("--model", "Qwen/Qwen2.5-Math-7B"))
+    assert {name: cfg[name] for name in paper} == paper
 
 
-def test_a_stream_gives_every_problem_once_an_epoch_and_resumes_from_its_position():
-    one, two = eapo.Stream(list(range(10)), 0), eapo.Stream(list(range(10)), 0)
-    numbers, taken = zip(*one.take(7), *one.take(7), *one.take(6))
-    assert numbers == tuple(range(20))
-    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10)) and taken[:10] != taken[10:]
-    two.position = 7
-    assert tuple(two.take(13)) == tuple(zip(numbers, taken))[7:]
+def test_a_model_brings_its_settings_and_typed_ones_win():
+    large = settings("--model", "agentica-org/DeepScaleR-1.5B-Preview")
+    assert large.group_size == 16
+    assert large.max_response_tokens == 24576
+    assert settings().train_data == "addition"
+    assert settings("--model", "x/tiny").train_data != "addition"
+    typed = settings("--steps", 7)
+    assert typed.steps == 7
+    assert typed.prompts_per_step == 32
+    only = settings("--eval-only", "--steps", 7)
+    assert only.steps == only.warmup_steps == 0
 
 
 # ---- the verifier --------------------------------------------------------------------------------
+
+def pairs(table):
+    """The cells of a table: "ours ~ gold ;; ours ~ gold", over several lines."""
+    cells = []
+    for line in table.strip().splitlines():
+        for cell in line.strip().split(" ;; "):
+            ours, gold = cell.split(" ~ ")
+            cells.append((ours, gold))
+    return cells
+
 
 GOLDS = r"""42 | -7 | 0 | 1000000 | 2.5 | 16.67 | \frac{3}{4} | -\frac{1}{2}
 | \dfrac{2469}{20,\!000} | 3/7 | 2\sqrt{3} | \frac{1+\sqrt{5}}{2} | \frac{9}{4}\pi | 80-20\pi
@@ -841,12 +1341,6 @@ GOLDS = r"""42 | -7 | 0 | 1000000 | 2.5 | 16.67 | \frac{3}{4} | -\frac{1}{2}
 | (-\infty,2)\cup(2,\infty) | 1,-2,3 | \{4,5,7\} | 3 \pm 2\sqrt{2} | x^2-5x+6 | (a+b)(a+c)
 | y=2x+1 | x^2+y^2=25 | -7+24i | \sin^2 y | 1604_8 | \text{(C)} | \text{odd} | 3 : 5 : 7
 | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}""".replace("\n", " ").split(" | ")
-
-
-def pairs(table):
-    return [cell.split(" ~ ") for line in table.strip().splitlines()
-            for cell in line.strip().split(" ;; ")]
-
 
 EQUAL = pairs(r"""
     \sin x \cos 2x ~ \cos 2x \sin x ;; 0.75 ~ \frac34 ;; \dfrac{6}{8} ~ 3/4 ;; x=5 ~ 5
@@ -858,16 +1352,25 @@ EQUAL = pairs(r"""
     234, 1 ~ 1,234 ;; Yes ~ \text{yes} ;; C ~ \text{(C)} ;; 6, 8\text{, and }10 ~ 10, 8, 6
     \begin{bmatrix}0.5\\2\end{bmatrix} ~ \begin{pmatrix}\frac12\\2\end{pmatrix}
     (2,\infty)\cup(-\infty,1) ~ (-\infty,1)\cup(2,\infty) ;; x=1 \text{ or } x=2 ~ 2,1
-    \sqrt[3]{8} ~ 2 ;; \log_2 8 ~ 3 ;; |-5| ~ 5 ;; \arctan 1 ~ \frac{\pi}{4} ;; 5! ~ 120
-    \cot x ~ \frac{\cos x}{\sin x} ;; \sin x \cdot \cos x ~ \cos x \sin x ;; \tan(\frac{\pi}4) ~ 1
-    2x+4y=6 ~ x+2y=3 ;; 3 < x ~ x > 3 ;; 2x > 6 ~ x > 3 ;; q=2, p=5 ~ p=5, q=2 ;; 1/2x ~ \frac x2
-    x \ge 3 \text{ or } x \le -2 ~ x \leq -2, x \geq 3 ;; 4.4 \times 10^{-3} ~ 0.0044 ;; -2^2 ~ -4
-    \frac{-1\pm\sqrt5}{2} ~ \frac{\sqrt5-1}{2}, -\frac{1+\sqrt5}{2} ;; 5 \text{ m} ~ 5 ;; 5 cm ~ 5
-    1{,}234.5 ~ 1234.5 ;; 2,\!000 ~ 2000 ;; \text{13} ~ 13 ;; 1,2 ~ (1,2) ;; -x+y ~ y-x
-    1,234,567 ~ 1234567 ;; \frac{20,000}{3} ~ \frac{20000}3 ;; a_1 + b ~ b + a_1 ;; 2^{3^2} ~ 512
-    x>3 ~ (3,\infty) ;; [1,2) ~ 2 > x \ge 1 ;; x<1 \text{ or } 3<x ~ (-\infty,1)\cup(3,\infty)
-    \binom52 ~ 10 ;; \sqrt2\sqrt3 ~ \sqrt6 ;; \sin\pi ~ 0 ;; x \in [0,1) ~ [0,1)
-    x=1,2 ~ x = 2, 1 ;; 1,234.5 ~ 1234.5""")
+    \sqrt[3]{8} ~ 2 ;; \arctan 1 ~ \frac{\pi}{4} ;; \cot x ~ \frac{\cos x}{\sin x}
+    \sin x \cdot \cos x ~ \cos x \sin x ;; \tan(\frac{\pi}4) ~ 1 ;; 2x+4y=6 ~ x+2y=3
+    2x > 6 ~ x > 3 ;; q=2, p=5 ~ p=5, q=2 ;; 1/2x ~ \frac x2 ;; 4.4 \times 10^{-3} ~ 0.0044
+    x \ge 3 \text{ or } x \le -2 ~ x \leq -2, x \geq 3 ;; -2^2 ~ -4 ;; 5 \text{ m} ~ 5 ;; 5 cm ~ 5
+    \frac{-1\pm\sqrt5}{2} ~ \frac{\sqrt5-1}{2}, -\frac{1+\sqrt5}{2} ;; 1{,}234.5 ~ 1234.5
+    2,\!000 ~ 2000 ;; \text{13} ~ 13 ;; 1,2 ~ (1,2) ;; -x+y ~ y-x ;; 1,234,567 ~ 1234567
+    \frac{20,000}{3} ~ \frac{20000}3 ;; a_1 + b ~ b + a_1 ;; 2^{3^2} ~ 512 ;; \sqrt2\sqrt3 ~ \sqrt6
+    \sin\pi ~ 0 ;; x \in [0,1) ~ [0,1) ;; x=1,2 ~ x = 2, 1 ;; 1,234.5 ~ 1234.5 ;; NO ~ no
+    5\text{ km/h} ~ 5 ;; 1.5e-8 ~ 1.5 \cdot 10^{-8} ;; 2\cdot1\frac12 ~ 3 ;; \frac{1+2}{3} ~ 1
+    1'234 ~ 1234 ;; (1{,}234, 5) ~ (1234, 5) ;; \textbf{(C)} ~ C ;; \angle ABC = 60^\circ ~ 60
+    (a,b) = (1,2) ~ (1,2) ;; x = 6/2 ~ x = 3 ;; \text{Area} = 5 ~ 5
+    \arccos 0 ~ \pi/2 ;; 2^-1 ~ 1/2 ;; \ln 1 ~ 0
+    \displaystyle AB ~ AB ;; 50\% ~ \frac12 ;; \mathbf{7} ~ 7 ;; 60 degrees ~ 60^\circ
+    g(t) = t^2 ~ t^2 ;; f(2)=5 ~ 5 ;; a_{10} = 55 ~ 55 ;; \text{B and C} ~ \text{C, B}
+    5-3 ~ 5‒3 ;; 10^3 ~ 1000
+    \sin(x) y ~ y\sin x ;; \sin 2x ~ 2\sin x\cos x ;; x = 204_5 ~ 204_5 ;; {1,2} ~ 2,1 ;; 0\pi ~ 0
+    sqrt(2) ~ \sqrt2 ;; \{5\} ~ 5 ;; \text{a circle} ~ a circle
+    1 < x \le 2 ~ 1 < x \leq 2 ;; i^2 ~ -1 ;; +5 ~ 5""")
+
 UNEQUAL = pairs(r"""
     (2,1) ~ (1,2) ;; (0,1) ~ [0,1) ;; 2,1 ~ (1,2) ;; 1,1 ~ 1 ;; 1 ~ 1,1 ;; 50 ~ 0.5
     1:00 ~ 12:00 ;; 5 ~ \pm 5 ;; 5 ~ 4\sqrt2 ;; 1/2004! ~ -1/2004! ;; 1/2006! ~ 1/2004!
@@ -883,14 +1386,17 @@ UNEQUAL = pairs(r"""
     a_1 ~ a_2 ;; 2\frac{x}5 ~ 2+\frac{x}5 ;; \frac{1}{2x} ~ 1/2x ;; x=y ~ x ;; 0.00001 ~ 0
     x<3 ~ (3,\infty) ;; 1<x<2 ~ [1,2] ;; x<3 ~ 3 ;; x<y<3 ~ 3 ;; \binom{99999}{4444} ~ 1
     10^{-19}\pi ~ 10^{-20}\pi ;; [1,2] ~ [1,2) ;; 3 > x ~ x > 3 ;; 8:30 ~ 8:03
-    y=2x ~ y=2x+1 ;; y=2x, z=1 ~ 2x, 1 ;; \frac{11}{21} ~ \frac{1}{121} ;; x \le 3 ~ x < 3""")
-
-
-@pytest.mark.parametrize("text, gold", [("0.00001", 1e-5), ("0.000025", 2.5e-5), ("142", 142.0),
-                                        ("10000000000000000000000", 1e22), ("0.5", [3, 0.5])])
-def test_a_gold_that_is_a_number_is_the_number_and_not_its_exponent(text, gold):
-    assert eapo.is_correct(f"\\boxed{{{text}}}", gold)
-    assert not eapo.is_correct("\\boxed{7}", gold)
+    y=2x ~ y=2x+1 ;; y=2x, z=1 ~ 2x, 1 ;; \frac{11}{21} ~ \frac{1}{121} ;; x \le 3 ~ x < 3
+    1,1 ~ 1,2 ;; 1,2 ~ 1,2,3 ;; (1,2) ~ (1,2,3) ;; 1414213562 ~ 1000000000\sqrt2 ;; 2(1,2) ~ (2,4)
+    \pi-3.14159265 ~ 0 ;; \sqrt{(1,2)} ~ 1 ;; 5.61 ~ 1.23 \cdot 4.56
+    -(1,2) ~ (-1,-2) ;; (1,2) ~ 1
+    1000001+0.1-0.1 ~ 1000000 ;; (3.14, 1001) ~ (3.14, 1000) ;; 2.50x+1001 ~ 2.50x+1000
+    f(2x) ~ 2f(x) ;; \log_2(x^2) ~ x\log_2(x) ;; 2\lceil\frac n2\rceil ~ \lceil n\rceil
+    \sin^{-1} x ~ \csc x ;; 2^3^2 ~ 64 ;; 2^3^2 ~ 512 ;; \frac123 ~ \frac1{23}
+    2^3\frac12 ~ 2^{3.5}
+    2\frac{-1}{2} ~ 1.5 ;; 1\frac{1}{x} ~ 1 + \frac{1}{x} ;; 3x ~ 3x+0.00001 ;; \sqrt23 ~ \sqrt{23}
+    204_5 ~ 204 ;; x_1 ~ x ;; 5} ~ 5 ;; {5 ~ 5 ;; 1\,000 ~ 1000 ;; 3e-5 ~ 0.00003
+    1\% + 1 ~ 2 ;; 100 + 28\% ~ 128 ;; (5,6]\% ~ (5,6] ;; x + y + z = 0x ~ x + y + z = 0""")
 
 
 @pytest.mark.parametrize("ours, gold", EQUAL)
@@ -903,18 +1409,102 @@ def test_other_content_is_not_paid(ours, gold):
     assert eapo.same_answer(ours, gold) is False
 
 
+# What a policy would learn to write if it were paid, by the trick that was used.
+TRICKS = {
+    "a variable passes for a unit": r"""
+        4abcd ~ 4 ;; \frac{1}{2}bhkl ~ 1/2 ;; 2s ~ 2 ;; \frac{1}{4m} ~ \frac14 ;; \text{2x} ~ 2
+        2\text{x}+1 ~ 3 ;; \mathbf{2x} ~ 2 ;; 4 apples ~ 4 ;; x\text{ cm} ~ x""",
+    "a word that changes the value passes for a unit": r"""
+        5 \text{ million} ~ 5 ;; 5 million ~ 5 ;; 5\text{ minus }2 ~ 5 ;; 5\text{ but not }6 ~ 5
+        5 \text{ and a half} ~ 5 ;; \text{not }5 ~ 5
+        7\text{ AM} ~ 7\text{ PM} ;; 5\text{ m}+1 ~ 6""",
+    "an equation passes for a name": r"""
+        xy^2 ~ y=xy ;; x=x ~ x^2 ;; xy ~ y=xy ;; a,b=5 ~ 5 ;; A,B=5 ~ 5 ;; (x),y=5 ~ 5
+        (1,2)=5 ~ 5 ;; f(x)g(x)=6 ~ 6 ;; xy=6 ~ 6 ;; 2x=6 ~ 6 ;; 2x=6 ~ x=3 ;; x(x+1)=6 ~ 6
+        4 ~ xy=4 ;; 2t ~ \tan t = 2t ;; 5=x=6 ~ 5 ;; = ~ 5""",
+    "words pass for other words": r"""
+        no mercy ~ no solution ;; a triangle ~ a circle ;; on ~ no ;; yes ~ no ;; ab ~ AB
+        abc ~ ABC ;; \text{a triangle} ~ a circle ;; no real roots ~ no roots ;; B ~ A""",
+    "a percent sign is read in two ways within a sum": r"""
+        \frac{100}{99}\%+\frac{98}{99} ~ 1 ;; \frac{100}{99}\%+\frac{98}{99} ~ 2
+        \frac{100}{99}+\frac{98}{99}\% ~ 2 ;; (1+49)\% ~ 50 ;; 50\%\% ~ 50""",
+    "a tiny number passes for another or for 0": r"""
+        0\pi ~ 6.63 \times 10^{-34} ;; \pi-\pi ~ 1/2004! ;; 10^{-20}\pi ~ 0 ;; 10^{-400}\pi ~ 0
+        10^{-400}\pi ~ 10^{-500}\pi ;; 10^{300}\pi 10^{300} ~ 10^{301}\pi 10^{300}""",
+    "brackets or commas are lost": r"""
+        -36104 ~ [-36,104] ;; (-36,104] ~ [-36,104] ;; 1234 ~ \{1,234\} ;; 2004,100 ~ 2004100
+        0,123 ~ 123 ;; 1,2345 ~ 12345 ;; 5,1234 ~ 5,1,234 ;; 2{,}5 ~ 25 ;; 12345,67 ~ 12,345,67""",
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_no_trick_is_paid(trick):
+    for ours, gold in pairs(TRICKS[trick]):
+        assert eapo.same_answer(ours, gold) is False, (ours, gold)
+
+
+# verdict, gold, content of the box: what an earlier verifier got wrong.
+CASES = r"""
+no ;; 4abcd ;; 4
+no ;; \frac{1}{2}bhkl ;; 1/2
+no ;; xy^2 ;; y=xy
+no ;; x^2 ;; x=x
+no ;; no solution ;; no mercy
+no ;; a circle ;; a triangle
+no ;; 1 ;; \frac{100}{99}\%+\frac{98}{99}
+no ;; 2 ;; \frac{100}{99}\%+\frac{98}{99}
+no ;; 6.63 \times 10^{-34} ;; 0\pi
+no ;; 1/2004! ;; \pi-\pi
+no ;; [-36,104] ;; -36104
+no ;; [-36,104] ;; (-36,104]
+yes ;; \text{No} ;; No
+yes ;; No ;; no
+yes ;; \text{no solution} ;; No solution
+yes ;; \text{AB} ;; AB
+yes ;; 5 ;; AB = 5
+yes ;; 2x ;; f(x)=2x
+yes ;; 3 ;; x_1=3
+yes ;; \frac{1}{3} ;; P(A) = \frac13
+yes ;; 2,3 ;; x=2 \quad\text{or}\quad x=3
+yes ;; 5-3 ;; 5—3
+yes ;; 6 ;; 2⋅3
+yes ;; \frac{\pi}{3} ;; \arccos\frac12
+yes ;; 11,\! 111 ;; 11111
+yes ;; 4.4e7 ;; 4.4 \times 10^7
+yes ;; 0.00001 ;; 1e-05
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_was_once_judged_wrongly_is_judged_rightly(case):
+    verdict, gold, content = case.split(" ;; ")
+    assert eapo.is_correct(f"So \\boxed{{{content}}}.", gold) is (verdict == "yes")
+
+
+@pytest.mark.parametrize("text, gold", [("0.00001", 1e-5), ("0.000025", 2.5e-5), ("142", 142.0),
+                                        ("10000000000000000000000", 1e22), ("0.5", [3, 0.5])])
+def test_a_gold_that_is_a_number_is_the_number_and_not_its_exponent(text, gold):
+    assert eapo.is_correct(f"\\boxed{{{text}}}", gold)
+    assert not eapo.is_correct("\\boxed{7}", gold)
+
+
 ROUNDED = pairs(r"""
     50/3 ~ 16.67 ;; 16.666 ~ 16.67 ;; 100/3 ~ 33.3 ;; -16.6667 ~ -16.67 ;; \pi ~ 3.14
-    4.123106 ~ \sqrt{17} ;; 3.141593 ~ \pi ;; 0.333333 ~ \frac13""")
+    4.123106 ~ \sqrt{17} ;; 3.141593 ~ \pi ;; 0.333333 ~ \frac13 ;; 6+\sqrt5 ~ 8.24 \text{ mph}
+    6.626 \times 10^{-34} ~ 6.63 \times 10^{-34} ;; \frac17 ~ 14.29\%""")
 TOO_ROUGH = pairs(r"""
     16.68 ~ 16.67 ;; 16.6 ~ 16.67 ;; 16.67 ~ 50/3 ;; 3.14 ~ \pi ;; 0.33333 ~ \frac13 ;; 1/3 ~ 0.3
-    4.9999999 ~ 5 ;; 0.4999 ~ 0.5 ;; 66.451 ~ 66.450 ;; 4.123 ~ \sqrt{17} ;; 16.67 ~ 17""")
+    4.9999999 ~ 5 ;; 0.4999 ~ 0.5 ;; 66.451 ~ 66.450 ;; 4.123 ~ \sqrt{17} ;; 16.67 ~ 17
+    0.991 ~ 0.99 ;; 1.004 ~ 1.00""")
 
 
 def test_a_rounded_gold_pays_what_rounds_to_it_and_an_exact_gold_pays_six_digits():
-    """16.67 stands for 16.665 to 16.675, so 50/3 earns it; but 16.67 is no answer to 50/3."""
-    for ours, gold in ROUNDED + TOO_ROUGH:
-        assert eapo.same_answer(ours, gold) is ([ours, gold] in ROUNDED), (ours, gold)
+    """16.67 stands for 16.665 to 16.675, so 50/3 earns it; but 16.67 is no answer to 50/3. And no
+    gold stands for more than 0.11% on either side: 1.004 is no answer to 1.00."""
+    for ours, gold in ROUNDED:
+        assert eapo.same_answer(ours, gold) is True, (ours, gold)
+    for ours, gold in TOO_ROUGH:
+        assert eapo.same_answer(ours, gold) is False, (ours, gold)
     assert not eapo.is_correct(r"\boxed{142.03}", 142.0)              # a float is no rounding
 
 
@@ -924,26 +1514,45 @@ def test_the_last_complete_box_counts_and_nothing_else():
     assert last(r"\boxed{1} no, \boxed{\frac{1}{\{2\}}}.") == r"\frac{1}{\{2\}}"
     assert last(r"\boxed{2}, as you asked me to \boxed it") == "2"
     assert last(r"\boxed{5} wait, \boxed{\frac{1}{2}") == "5"
-    assert last(r"\boxed{5" + "0" * 600 + "}") is None and last(r"\boxed{}") == ""
+    assert last(r"\boxed{}") == ""
     assert last(r"\boxed{[0,1\}}") == r"[0,1\}"
-    for text in ("the answer is 5", r"\boxed 5", r"\boxed{5", ""):
-        assert last(text) is None and eapo.is_correct(text, "5") is False
+    assert last(r"\boxed{1\\}") == r"1\\"
+    for text in ("the answer is 5", r"\boxed", r"\boxed{5", ""):
+        assert last(text) is None
+        assert eapo.is_correct(text, "5") is False
     assert not eapo.is_correct(r"\boxed{2} no, \boxed{1}", "2")
+
+
+def test_a_box_may_be_a_frame_or_lack_its_braces():
+    for box in (r"\boxed 5", r"\boxed {5}", r"\fbox{5}", r"$\boxed 5$ is it", "\\boxed 5.\nDone"):
+        assert eapo.is_correct(f"So {box}", "5") is True, box
+    assert eapo.extract_answer(r"\boxed -5") == "-5"
+    for box in (r"\boxed 5/2", r"\boxed 5 or 6", r"\boxed{5} \fbox{4}"):
+        assert eapo.is_correct(f"So {box}", "5") is False, box
+
+
+def test_an_earlier_box_is_not_paid_if_the_last_one_is_too_long():
+    """An answer has at most 500 characters. The box with 500 is read, the one with 501 is not."""
+    for size, content in ((500, "1" * 500), (501, None), (10_000, None)):
+        response = r"\boxed{5} or \boxed{" + "1" * size + "}"
+        assert eapo.extract_answer(response) == content
+        assert eapo.is_correct(response, "5") is False
 
 
 def test_golds_come_boxed_in_dollars_as_numbers_or_as_alternatives():
     response = r"Hence $\boxed{142}$."
-    for gold in ("142", "$142$", r"so \boxed{142}", 142, 142.0, ["7", "142"]):
+    for gold in ("142", "$142$", r"so \boxed{142}", 142, 142.0, ["7", "142"], ("142",)):
         assert eapo.is_correct(response, gold) is True
     for gold in ("7", 7, "", ["7", "8"], []):
         assert eapo.is_correct(response, gold) is False
+    assert eapo.is_correct(r"\boxed{}", "") is False
 
 
 def test_a_response_that_boxes_several_answers_does_not_win_by_one_of_them():
     """Else the policy learns to list candidates: \\boxed{0,1,2,...,999} solves all of AIME."""
     for answer in (r"\boxed{2} or \boxed{1}", r"\boxed{1 \text{ or } 2}", r"\boxed{1,2,3}",
                    r"\boxed{2;3}", r"\boxed{\{1,2\}}", r"\boxed{2 \cup 3}", r"\boxed{2=3}",
-                   r"\boxed{2 \pm 0, 3}", r"\boxed{1, 2 \text{ hours}}"):
+                   r"\boxed{2 \pm 0, 3}", r"\boxed{1, 2 \text{ hours}}", r"\boxed{2,2}"):
         assert eapo.is_correct(answer, "2") is False, answer
 
 
@@ -956,65 +1565,104 @@ def test_boxing_an_equation_of_the_problem_is_not_an_answer():
 
 def test_an_expression_with_free_variables_is_not_a_number():
     """Not even where the variable cancels: a number was asked for."""
-    for answer in ("x", "5x", "5+0x", "x-x+5", "5x/x", "5+y=5+y", "5x^0"):
+    for answer in ("x", "5x", "5+0x", "x-x+5", "5x/x", "5+y=5+y", "5x^0", "x+5-x"):
         assert eapo.same_answer(answer, "5") is False, answer
 
 
 def test_nan_infinity_and_what_cannot_be_read_win_nothing():
     for answer in ("nan", "inf", r"\infty", "-\\infty", "1/0", "0/0", r"\log 0", "5^{", "{5", "5?",
-                   "", "9^{9^{9^9}}", "10^{400}\\sqrt2", r"\frac{5}", "5 \\foo", "\x005", "1.2.3"):
+                   "", "9^{9^{9^9}}", "10^{400}\\sqrt2", r"\frac{5}", "5 \\foo", "\x005", "1.2.3",
+                   "()", ",", "5,", ",5", "=", "-", "%", "_",
+                   '"', "\ud8005", "٥", "５", "5\\", "5!"):
         for gold in ("5", "0", "1", r"\frac{1}{2}", r"(1,\infty)"):
-            assert eapo.same_answer(answer, gold) is False, (answer, gold)
+            wins = answer == "5\\" and gold == "5"                    # a stray backslash is nothing
+            assert eapo.same_answer(answer, gold) is wins, (answer, gold)
 
 
-HOSTILE = ["9^{9^{9^{9^9}}}", "2^{99999999999}", "99999999999!", "9" * 10 ** 6, "{" * 10 ** 5,
-           " " * 5 * 10 ** 6 + "1",
-           r"\boxed{" * 150000, "-" * 900, "1" + "^1" * 400, "3" + "!" * 900, "|" * 900,
-           r"\sqrt" * 180, r"1\pm" * 200, ",".join("1" * 490), "1.0e999999999", r"\frac" * 150,
-           "(" * 400 + "1" + ")" * 400, r"\text{1" * 140, "x_{" * 300, "x" * 1000, "\ud800",
-           "+".join(["x^{99}"] * 140), "2004!*" * 150, "x^{2000}", "=1" * 400, r"\{1,2\}," * 48,
-           "+".join([r"\frac{5^{6999}}{7^{1999}}"] * 40), "x^x" * 200, "e^{" * 30 + "1" + "}" * 30,
-           r"\sin " * 30, "1,234%" * 30, "\\", "1_", "^1", r"\binom{9999999}{4444444}", "٣",
-           "5_1e99999999", "2004!+2003!*" * 8, "(x+y+z)^{99}" * 10, ",".join(map(str, range(89)))]
+def test_what_cannot_be_read_equals_itself_however_it_is_spaced():
+    for gold in ("2004!", r"\binom{n}{2}", "|x|", r"\log_2 3", "x > 3", r"\lfloor x \rfloor"):
+        assert eapo.same_answer(gold.replace(" ", r"\,"), f"${gold}$.") is True
+        assert eapo.same_answer(gold + "+1", gold) is False
+
+
+HOSTILE = [
+    # too much work
+    "9^{9^{9^{9^9}}}", "2^{99999999999}", "9^{999999}+1", "99999999999!", "1.0e999999999",
+    "x^{2000}", "5_1e99999999", r"\binom{9999999}{4444444}", "+".join(["x^{99}"] * 140),
+    "+".join([r"\frac{5^{6999}}{7^{1999}}"] * 40), "x^{900}+y^{899}+" * 9 + "1", "x^x" * 200,
+    "(x+y+z)^{99}" * 10, "1/3^{1500}+" * 11 + "1", "2004!*" * 150, "2004!+2003!*" * 8,
+    "e^{" * 30 + "1" + "}" * 30,
+    # too long
+    "9" * 10 ** 6, "{" * 10 ** 5, " " * 5 * 10 ** 6 + "1", r"\boxed{" * 150000, "x" * 1000,
+    # too deep
+    "(" * 400 + "1" + ")" * 400, "-" * 900, "1" + "^1" * 400, "3" + "!" * 900, "|" * 900,
+    r"\sqrt" * 180, r"\frac" * 150, r"\text{1" * 70, "x_{" * 300, r"\sin " * 30,
+    # too many
+    r"1\pm" * 200, r"1\pm" * 59 + "1", ",".join("1" * 490), ",".join("x" * 60), "=1" * 400,
+    ",".join(map(str, range(89))), r"\{1,2\}," * 48, "1,234%" * 30, "1'" * 200, "x=" * 50 + "1",
+    # too little
+    "\\", "1_", "^1", "\ud800", "٣"]
 
 
 def test_hostile_input_takes_milliseconds():
-    """Every amount of work is bounded before it is done: under 10 ms on an idle machine. Here the
-    best of three runs, and a factor of five, for a busy one."""
+    """Every amount of work is bounded before it is done. Process time, and the best of three runs,
+    so that a busy machine does not matter."""
     for text in HOSTILE:
-        for ours, gold in ((text, "5"), ("5", text), (text, text[::-1]), (text, "x+1")):
+        for ours, gold in ((text, "5"), ("5", text), (text, text[::-1]), (text, text + "+1")):
             seconds = []
             for _ in range(3):
-                start = time.perf_counter()
-                verdicts = eapo.same_answer(ours, gold), eapo.is_correct(f"\\boxed{{{ours}}}", gold)
-                seconds.append(time.perf_counter() - start)
-                assert all(type(v) is bool for v in verdicts)
-            assert min(seconds) < 0.05, text[:40]
+                start = time.process_time()
+                equal = eapo.same_answer(ours, gold)
+                correct = eapo.is_correct(f"\\boxed{{{ours}}}", gold)
+                seconds.append(time.process_time() - start)
+                assert type(equal) is bool
+                assert type(correct) is bool
+            assert min(seconds) < 0.02, text[:40]
     assert eapo.same_answer("(" * 20 + "1" + ")" * 20, "1")
-    assert not eapo.same_answer("9" * 1001, "9" * 1002)
+    assert not eapo.same_answer("9" * 501, "9" * 501)
 
 
 def test_random_latex_never_raises():
     """Two seconds of random strings and mutilated golds; the seed is fixed, so failures repeat."""
-    rng, end = random.Random(0), time.time() + 2
+    rng = random.Random(0)
     alphabet = [*r"{}()[]^_+-*/=<>,.:;!%|&$'0129xyei", " ", "\x00", "√", "\\", *r"""\frac \sqrt[ \pm
         \text{ \cup \infty \left \pi \sin \log_ \binom \{ \} \\ \begin{pmatrix} \end{pmatrix}
-        \lfloor \circ \le or cm 1e9""".split()]
+        \lfloor \circ \le or cm 1e9 {,} f( no \boxed""".split()]
+    end = time.time() + 2
     while time.time() < end:
         text = rng.choice(GOLDS)
         if rng.random() < 0.5:
             text = "".join(rng.choices(alphabet, k=rng.randrange(1, 30)))
         cut = rng.randrange(len(text) + 1)
-        text = text[:cut] + rng.choice(["", rng.choice(alphabet)]) + text[cut + rng.randrange(3):]
+        inserted = rng.choice(["", rng.choice(alphabet)])
+        rest = text[cut + rng.randrange(3):]
+        text = text[:cut] + inserted + rest
         assert type(eapo.same_answer(text, rng.choice(GOLDS))) is bool, text
         assert type(eapo.is_correct("\\boxed{" + text, text)) is bool, text
 
 
 def test_the_verifier_works_in_any_thread():
     """Time-outs by signals, the usual safety net of verifiers, need the main thread."""
-    work = lambda _: (eapo.same_answer(r"\frac12", "0.5"), eapo.same_answer("9^{9^{9^9}}", "9"))
-    with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(work, range(8))) == [(True, False)] * 8
+    def work(_):
+        return eapo.same_answer(r"\frac12", "0.5"), eapo.same_answer("9^{9^{9^9}}", "9")
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(work, range(40))) == {(True, False)}
+
+
+def test_a_stack_that_is_nearly_full_does_not_raise():
+    """50 brackets take 200 frames. Where only 120 are left, they are unreadable."""
+    deep = "(" * 50 + "1" + ")" * 50
+
+    def call_below(frames):
+        return eapo.same_answer(deep, "1") if frames == 0 else call_below(frames - 1)
+
+    assert call_below(0) is True
+    assert call_below(sys.getrecursionlimit() - len(inspect.stack()) - 120) is False
+
+
+def without(gold, part):
+    return gold.replace(part, "", 1) if part in gold else "?"
 
 
 HARMLESS = [
@@ -1024,7 +1672,6 @@ HARMLESS = [
     lambda g: g if "text" in g else g.replace("(", r"\left(").replace(")", r"\right)"),
     lambda g: "x=" + g if g.isdigit() else g, lambda g: g + ".0" if g.isdigit() else g,
     lambda g: g.replace(r"^\circ", "").replace(r"\%", " percent")]
-without = lambda gold, part: gold.replace(part, "", 1) if part in gold else "?"
 HARMFUL = [
     lambda g: g + "+1", lambda g: g + ", 77", lambda g: g + r" \text{ or } 12345",
     lambda g: "?" if g in ("0", r"\text{odd}") else f"-({g})", lambda g: without(g, r"\sqrt"),
@@ -1044,687 +1691,1327 @@ def test_a_gold_equals_its_harmless_rewritings_and_no_harmful_one(gold):
 
 
 def test_no_two_golds_of_different_value_are_equal():
-    assert [(a, b) for a in GOLDS for b in GOLDS if a != b and eapo.same_answer(a, b)] == []
+    for ours in GOLDS:
+        for gold in GOLDS:
+            assert ours == gold or not eapo.same_answer(ours, gold), (ours, gold)
 
 
-# ---- pass@k and the loop -------------------------------------------------------------------------
+# ---- credit, measured ----------------------------------------------------------------------------
 
-def test_pass_at_k_is_the_share_of_samples_of_k_that_hold_a_right_one():
-    """Against counting every choice of k of n."""
-    for n, c, k in [(5, 0, 2), (5, 2, 1), (5, 2, 3), (5, 4, 2), (6, 6, 6), (8, 1, 8)]:
-        draws = list(itertools.combinations(range(n), k))
-        expected = sum(any(i < c for i in d) for d in draws) / len(draws)
-        assert eapo.pass_at_k(n, c, k) == pytest.approx(expected)
-    assert eapo.pass_at_k(1024, 512, 512) == pytest.approx(1.0)
+def h(x):
+    return -x * math.log(x) - (1 - x) * math.log(1 - x)
 
 
-def test_groups_that_agree_are_replaced_up_to_the_cap(monkeypatch):
-    """Problem i is always right if i % 3 == 0, always wrong if 1, else mixed. The first round of 6
-    keeps 2, so 4 more are tried, and so on, until 6 are kept or the rounds are used up. Then every
-    kept group is in exactly one mini-batch, whole, and no other is in any."""
-    def fake(run, numbered, what, n, temperature, top_p):
-        kinds = torch.tensor([p % 3 for _, p in numbered]).repeat_interleave(n)
-        right = torch.where(kinds == 2, torch.arange(len(kinds)) % 2, kinds == 0).bool()
-        ids = torch.tensor([p for _, p in numbered]).repeat_interleave(n)[:, None].expand(-1, 2)
-        lens = torch.ones(len(kinds), dtype=torch.long)
-        return Batch(ids, lens, lens, right=right, number=ids[:, 0])
-    monkeypatch.setattr(eapo, "attempt", fake)
-    for cap, tried in ((0, 6), (1, 10), (20, None)):
-        run = a_run(None, "--prompts-per-step", 6, "--group-size", 4, "--resample", cap,
-                    "--prompts-per-minibatch", 2)
-        numbers = iter(range(1000))
-        stream = type("", (), {"take": lambda self, n: [(i, i) for i in
-                                                        itertools.islice(numbers, n)]})()
-        batch = eapo.roll_out(run, stream)
-        assert batch.kept.equal(batch.number % 3 == 2)
-        kept = batch.number[batch.kept].tolist()
-        assert len(batch.ids) == 4 * tried if tried else len(kept) == 24
-        minis = list(eapo.mini_batches(run, batch))
-        seen = [p for mini in minis for p in mini.ids[:, 0].tolist()]
-        assert seen == kept and max(len(m.ids) for m in minis) <= 8
+def markov_lm(table):
+    """A Llama over the tiny vocabulary whose next token depends on the last one alone.
+
+    table: {character: {next character: probability}}, "." is the stop token. Attention and MLP add
+    nothing, embeddings are one-hot, so the hidden state is sqrt(D) at the token's own place.
+    """
+    _, tokenizer = eapo.tiny_model(0)
+    V = D = 64
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1,
+        pad_token_id=0)).eval()
+    with torch.no_grad():
+        lm.model.layers[0].self_attn.o_proj.weight.zero_()
+        lm.model.layers[0].mlp.down_proj.weight.zero_()
+        lm.model.embed_tokens.weight.copy_(torch.eye(V, D))
+        lm.lm_head.weight.fill_(-60 / math.sqrt(D))
+        for last, nexts in table.items():
+            for token, p in nexts.items():
+                row = tokenizer.convert_tokens_to_ids(token) if token != "." else 1
+                column = tokenizer.convert_tokens_to_ids(last)
+                lm.lm_head.weight[row, column] = math.log(p) / math.sqrt(D)
+    return lm, tokenizer
 
 
-TOY = ["--warmup-steps", 0, "--prompts-per-step", 8, "--prompts-per-minibatch", 4,
-       "--max-response-tokens", 8, "--learning-rate", 1e-3]
+# "=" decides whether 2 or 3 is likely, 2 or 3 is the verdict (2 is right), 6 or 7 changes nothing.
+# 8 instead of 0 or 1 is a slip: it is always followed by 3.
+TOY = {"=": {"0": .4995, "1": .4995, "8": .001}, "0": {"2": .9, "3": .1}, "1": {"2": .1, "3": .9},
+       "8": {"3": 1.}, "2": {"6": .5, "7": .5}, "3": {"6": .5, "7": .5}, "6": {".": 1.},
+       "7": {".": 1.}}
 
 
-def test_twenty_steps_on_a_toy_task_raise_the_reward(tmp_path, monkeypatch):
-    """A random model, and a verifier that wants a "=" in the first 8 characters. A uniform policy
-    manages that in 1 - (17/18)^8 = 0.37 of its responses; without learning it stays about there."""
-    monkeypatch.setattr(eapo, "is_correct", lambda text, gold: "=" in text)
-    eapo.main([*map(str, TOY), "--steps", "20", "--eval-every", "0",
-               "--out", str(tmp_path / "run")])
-    rates = [m["solve_rate"] for m in rows_of(tmp_path) if m["step"]]
-    assert len(rates) == 20 and rates[0] < 0.6 and sum(rates[-3:]) / 3 > 0.9
+def measured(table, responses, n, at_most=10 ** 6):
+    """A Batch of responses to 1+1=, right with a 2 in them, whose true credit was measured."""
+    lm, tokenizer = markov_lm(table)
+    cfg = eapo.parse_args(["--max-response-tokens", "8"])
+    run = eapo.Run(cfg, eapo.World(cfg), None, eapo.Policy(lm), tokenizer, [1], lm)
+    prompt = tokenizer("1+1=").input_ids
+    problem = eapo.Problem("1+1=", "2", check=lambda text, answer: answer in text, ids=prompt)
+    ids = [tokenizer(text).input_ids + [1] for text in responses]
+    batch = eapo.make_batch([prompt] * len(ids), ids)
+    eapo.score(run, batch, 1.0)
+    eapo.mark(run, batch, [problem] * len(ids))
+    batch.number = torch.zeros(len(ids), dtype=torch.long)
+    eapo.true_credit(run, batch, [problem], at_most, n)
+    return batch
+
+
+def test_true_credit_of_a_policy_whose_values_are_written_down():
+    """V(=) = 1/2 and V(0) = .9, so 0 removes h(1/2) - h(.9) = .368 nats of doubt, and 2 or 3 the
+    rest, h(.9) = .325. 6 or 7 are a fork, H = log 2, which decides nothing."""
+    batch = measured(TOY, ["026", "037"], n=1000)
+    for i, end in enumerate((1., 0.)):
+        assert batch.V[i].tolist() == pytest.approx([.5, .9, end, end], abs=.02)
+        assert batch.I[i].tolist() == pytest.approx([h(.5) - h(.9), h(.9), 0, 0], abs=.02)
+        assert batch.true_advantage[i].tolist() == pytest.approx([.4, end - .9, 0, 0], abs=.02)
+    assert batch.H[0, 2] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_where_nothing_is_decided_the_value_stays():
+    """4 is certain, and has V = 1/2 before it as 2 has; behind 2 the response is right. Of the six
+    tokens behind 5, four are tried, .4 + .3 + .1 + .1 = .9 of pi: V = (.4 + .3) / .9 = 7/9."""
+    table = {"=": {"4": 1.}, "4": {"2": .5, "3": .5}, "2": {"6": 1.}, "3": {".": 1.}, "6": {".": 1.}}
+    assert measured(table, ["426"], n=10).V[0].tolist() == pytest.approx([.5, .5, 1, 1], abs=1e-4)
+    table = {"=": {"5": 1.}, "5": {"2": .4, "0": .3, "3": .1, "7": .1, "8": .06, "9": .04},
+             "0": {"2": 1.}, "2": {".": 1.}, "3": {".": 1.}, "7": {".": 1.}}
+    assert measured(table, ["52"], n=10).V[0].tolist() == pytest.approx([7 / 9, 7 / 9, 1], abs=1e-4)
+
+
+def test_once_the_response_is_lost_no_token_has_any_credit():
+    batch = measured(TOY, ["037"], n=20)
+    assert batch.H[0, 2] > .69
+    assert batch.I[0, 2:].tolist() == [0, 0] and batch.true_advantage[0, 2:].tolist() == [0, 0]
+
+
+def test_credits_of_a_response_add_up_to_the_doubt_before_it():
+    """Chain rule: on average over responses, and in the toy for each, sum_t I = h(V(s_0)) = log 2."""
+    batch = measured(TOY, ["026", "037", "126", "137"], n=400)
+    assert batch.I.sum(1).tolist() == pytest.approx([math.log(2)] * 4, abs=.03)
+
+
+def test_a_slip_is_measured_although_it_is_less_likely_than_one_in_a_hundred():
+    """8 has p = .001: V falls from about 1/2 to 0."""
+    batch = measured(TOY, ["836"], n=200)
+    assert batch.true_advantage[0, 0] == pytest.approx(-.5, abs=.05)
+
+
+def test_a_response_that_may_end_is_not_continued_behind_its_end():
+    """The stop token or 2, which is right: V = 1/2, and the stop token brings it to 0."""
+    batch = measured({"=": {".": .5, "2": .5}, "2": {".": 1.}}, ["", "2"], n=10)
+    assert batch.V[:, 0].tolist() == [.5, .5]
+    assert batch.true_advantage[:, 0].tolist() == [-.5, .5]
+
+
+def test_credit_is_at_most_entropy_but_for_an_error_of_one_in_n():
+    """A random chain of forks: I <= H + 1/n at all places, and I < H on the whole."""
+    torch.manual_seed(0)
+    names = "=01234567"
+    table = {}
+    for last in names:
+        p = (2 * torch.randn(len(names))).softmax(0).tolist()
+        table[last] = dict(zip(names[1:] + ".", p))
+    batch = measured(table, ["01234567", "2425", "7", "0613"], n=50)
+    over = (batch.I - batch.H)[batch.mask]
+    assert over.max() <= 1 / 50 and batch.I[batch.mask].sum() < .9 * batch.H[batch.mask].sum()
+    assert batch.I[batch.mask].max() > .05
+
+
+def test_the_bias_of_an_estimated_entropy_is_taken_out():
+    """Two tokens with pi = 1/2 and V = .4 both: I is 0, and without correction it would come out
+    (1 - 1/2) / 2n = .0125 too high at n = 20."""
+    torch.manual_seed(0)
+    pi = torch.tensor([.5, .5])
+    draws = torch.binomial(torch.full((4000, 2), 20.), torch.tensor(.4)) / 20
+    mean = sum(float(eapo.value_and_information(pi, values, 20)[1]) for values in draws) / 4000
+    assert abs(mean) < .002
+    V, I = eapo.value_and_information(pi, torch.tensor([1., 0.]), 20)
+    assert float(V) == .5 and float(I) == pytest.approx(math.log(2))
+
+
+def test_a_value_that_rounding_lifts_above_1_is_still_no_doubt():
+    pi = torch.tensor([1., 2e-7])
+    assert float(pi.sum()) > 1
+    V, I = eapo.value_and_information(pi, torch.tensor([1., 1.]), 20)
+    assert float(V) == 1 and float(I) == 0
+
+
+def test_equal_beginnings_are_continued_once_and_the_work_is_bounded(capsys):
+    """026 and 027 share their decisions, with six beginnings: 0, 1, 02, 03, 026 and 027. at_most=6 is
+    reached with the first response, and the others are not measured."""
+    batch = measured(TOY, ["026", "027"], n=10)
+    assert "60 continuations" in capsys.readouterr().out
+    batch = measured(TOY, ["026", "027", "137"], n=10, at_most=6)
+    assert "60 continuations" in capsys.readouterr().out
+    assert batch.I[0].isfinite().all() and batch.I[1:].isnan().all()
+
+
+def test_the_problems_with_the_most_doubt_are_chosen_once(monkeypatch):
+    """0, 3, 2 and 4 of 4 right: problem 2 is chosen, and then 1; later evaluations keep them."""
+    shown = []
+    monkeypatch.setattr(eapo, "show_responses", lambda run, step, problem, group: shown.append(
+        (problem, group.number.tolist(), group.advantage.tolist())))
+    monkeypatch.setattr(eapo, "true_credit", lambda run, batch, problems, at_most: shown.append(
+        batch.number.tolist()))
+    monkeypatch.setattr(eapo, "compare_credit", lambda run, name, batch: {"x": 1})
+    cfg = eapo.parse_args(["--eval-samples", "4", "--credit-problems", "2", "--steps", "9"])
+    run = types.SimpleNamespace(cfg=cfg, page={})
+    batch = eapo.make_batch([[5]] * 16, [[6]] * 16)
+    batch.number = torch.arange(4).repeat_interleave(4)
+    right = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    for step, verdicts in ((0, right), (5, right.flip(0)), (9, right * 0)):
+        batch.right = verdicts.flatten() > 0
+        batch.reward = torch.where(batch.right, 1., -1.)
+        metrics = eapo.look_closely(run, step, "e", ["a", "b", "c", "d"], batch)
+        assert bool(metrics) == (step != 5)
+    assert shown[0] == shown[3] == [1] * 4 + [2] * 4
+    assert shown[1][:2] == shown[4][:2] == ("b", [1] * 4) and shown[4][2] == [0] * 4
+    assert shown[1][2] == pytest.approx([.5, .5, .5, -1.5], abs=1e-4)
+
+
+def test_every_token_of_an_addition_has_a_kind():
+    """o: which digit comes first, c: carry or not, l: chatter, the rest is routine."""
+    tokens = list("9+0=9 7+4=11 1+7+1=9 ") + ["\\boxed{"] + list("919}") + ["<eos>"]
+    short = {"order": "o", "carry": "c", "letter": "l", "rest": "."}
+    kinds = "".join(short[kind] for kind in eapo.addition_kinds(tokens))
+    assert kinds == "o.....o..c...o..c...." + "......"
+    tokens = list("9+0=9kcm 7+4=11pba ")
+    kinds = "".join(short[kind] for kind in eapo.addition_kinds(tokens))
+    assert kinds == "o....lll.o..c..lll."
+
+
+def test_chatter_has_the_sums_of_addition_and_fits_into_the_response():
+    """The longest solution: 6 + 3 * 8 tokens of columns, 12 letters, 4 spaces, 8 for the box and the
+    stop token: 54 of 64. Without its letters, it is a solution of the same sum."""
+    _, tokenizer = eapo.tiny_model(0)
+    plain = eapo.addition("eval")
+    chatty = eapo.chatter("eval")
+    assert [p.problem for p in plain] == [p.problem for p in chatty]
+    for problem in chatty:
+        ids = tokenizer(problem.solution).input_ids
+        assert tokenizer.decode(ids) == problem.solution and len(ids) + 1 <= 54
+        assert sum(c in eapo.LETTERS for c in problem.solution.split(" \\")[0]) == 12
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+class Tags(html.parser.HTMLParser):
+    """The tags of a page with the names of their attributes."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, *(name for name, _ in attributes)))
+
+
+def a_page(tmp_path, text, *flags):
+    """The page of a run whose model, problems and data set say `text`."""
+    cfg = eapo.parse_args(["--model", "m", "--eval-data", "e", *flags])
+    lm = types.SimpleNamespace()
+    tokenizer = types.SimpleNamespace(decode=lambda ids: text)
+    run = eapo.Run(cfg, eapo.World(cfg), str(tmp_path), lm, tokenizer, [1], lm)
+    run.eval_sets = {text: []}
+    torch.manual_seed(0)
+    group = eapo.make_batch([[5]] * 4, [[5, 6, 7], [5, 1], [8, 1], [9, 9, 1]])
+    group.H = torch.rand(4, 3) * group.mask
+    group.old_logp = -torch.rand(4, 3) * group.mask
+    group.right = torch.tensor([True, False, False, False])
+    group.reward = torch.where(group.right, 1., -1.)
+    group.advantage = eapo.group_advantages(group.reward, 4)
+    group.V = group.I = torch.full((4, 3), torch.nan)
+    group.I[:2] = group.V[:2] = .1
+    eapo.show_responses(run, 0, eapo.Problem(text), group)
+    scores = {"avg_low": .1, f"avg@{cfg.eval_samples}": .2, "avg_high": .3, "entropy": .4}
+    eapo.write_page(run, 0, {f"eval/{text}/{key}": x for key, x in scores.items()})
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+EVIL = "</pre><script>alert(1)</script>\"'><img src=x onerror=y>&\0\t\r\x1b\u202e\ud800"
+
+
+def test_nothing_a_model_or_a_file_says_becomes_a_tag_or_a_control_character(tmp_path):
+    tame = a_page(tmp_path, "x", "--train-data", "x")
+    evil = a_page(tmp_path, EVIL, "--train-data", EVIL.replace("\0", ""))
+    assert Tags(evil).found == Tags(tame).found
+    assert not set(evil) & set("\0\t\r\x1b\u202e\ud800")
+
+
+def test_the_page_runs_no_script_and_needs_nothing_from_elsewhere(tmp_path):
+    page = a_page(tmp_path, "x")
+    assert not any(x in page for x in ("src=", "href=", "url(", "@import", "<script", "<link"))
+    assert "default-src 'none'" in page
+
+
+def test_the_page_shows_entropy_true_credit_and_the_credit_of_both_rules(tmp_path):
+    """One right response and two wrong ones are shown, 3 + 2 + 2 tokens. I was measured in the first
+    two. A = 3/2 and -1/2."""
+    tags = a_page(tmp_path, "x", "--method", "forking", "--offload")
+    assert tags.split("</code>")[0].endswith("--method forking --offload")
+    assert "−" in tags and "1 times as high" in tags
+    assert tags.count("<span") == 7 and tags.count('<i class="I"') == 5
+    assert tags.count('class="grpo up"') == 3 and tags.count('class="grpo down"') == 4
+    assert "GRPO 1.500" in tags and "FORKING 0.000" in tags and "I 0.100" in tags
+
+
+def test_a_run_leaves_its_page_after_step_0_and_a_table_of_credit_at_both_ends(tmp_path, capsys,
+                                                                               monkeypatch):
+    """The page at step 0 has the base alone; at the end also the model. Metrics hold the table."""
+    task = eapo.Task(lambda split: eapo.addition(split)[:6], eapo.addition_kinds)
+    monkeypatch.setitem(eapo.TASKS, "addition", task)
+    out = tmp_path / "run"
+    pages = []
+    write = eapo.write_page
+
+    def look(run, step, metrics):
+        write(run, step, metrics)
+        pages.append((out / "report.html").read_text(encoding="utf-8"))
+    monkeypatch.setattr(eapo, "write_page", look)
+    eapo.main(["--out", str(out), "--steps", "2", "--eval-every", "1", "--warmup-steps", "2",
+               "--prompts-per-step", "2", "--eval-samples", "2", "--max-response-tokens", "12",
+               "--credit-problems", "1", "--alpha", "1"])
+    first, middle, last = pages
+    assert 'class="base"' in first and 'class="latest"' not in first
+    assert "step 2 of 2" in last and "step 0" not in last
+    assert 'class="base"' in last and 'class="latest"' in last and "--alpha 1.0" in last
+    assert "V " in last.split('class="base"')[1]
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    assert ["credit/all/I" in row for row in rows] == [True, False, True]
+    assert all(row["credit/all/tokens"] == 1 for row in rows[::2])
+    assert capsys.readouterr().out.count("measuring credit") == 2
+
+
+def has_odd_length(text):
+    return len(text) % 2 == 1
+
+
+def has_two_sevens(text):
+    return "77" in text
+
+
+def toy_task(rule, interrupt=None, at_call=0):
+    """A task like `addition`, with 64 problems and a rule that a random model satisfies by chance.
+
+    The process sends itself the signal `interrupt` when it marks its training response number
+    `at_call`, so a test knows the step in which that happens.
+    """
+    calls = itertools.count(1)
+
+    def problems_of(split):
+        def check(text, answer):
+            if split == "train" and next(calls) == at_call:
+                os.kill(os.getpid(), interrupt)
+            return rule(text)
+        problems = eapo.addition(split)[:64]
+        for problem in problems:
+            problem.check = check
+        return problems
+    return eapo.Task(problems_of)
+
+
+# 4 groups of 4: 16 responses in a step, two mini-batches, micro-batches of a few rows each.
+SMALL = ["--warmup-steps", "4", "--prompts-per-step", "4", "--group-size", "4",
+         "--prompts-per-minibatch", "2", "--microbatch-tokens", "100", "--max-response-tokens",
+         "10", "--learning-rate", "1e-3", "--eval-samples", "2", "--eval-every", "3",
+         "--save-every", "2", "--credit-problems", "0", "--steps", "4"]
+
+
+def parse(args):
+    return eapo.parse_args([str(arg) for arg in args])
+
+
+def run_toy(monkeypatch, args, rule=has_odd_length, interrupt=None, at_call=0):
+    """A command line with the toy task in place of addition -> the Run."""
+    monkeypatch.setitem(eapo.TASKS, "addition", toy_task(rule, interrupt, at_call))
+    return eapo.main([str(arg) for arg in args])
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without_times(rows):
+    """Rows of metrics without what no seed decides."""
+    return [{name: x for name, x in row.items() if "second" not in name} for row in rows]
+
+
+def weights_in(folder):
+    return safetensors.torch.load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_run(folder, other, nearly=False):
+    """The same metrics but for timings, the same responses, the same weights, bit for bit.
+
+    nearly: metrics within 1e-5, weights within half of a step of Adam.
+    """
+    ours = without_times(read_rows(folder / "metrics.jsonl"))
+    theirs = without_times(read_rows(other / "metrics.jsonl"))
+    for one, two in zip(ours, theirs, strict=True):
+        assert one == (pytest.approx(two, abs=1e-5, rel=1e-5) if nearly else two)
+    ours = read_rows(folder / "responses.jsonl")
+    theirs = read_rows(other / "responses.jsonl")
+    assert [row["response"] for row in ours] == [row["response"] for row in theirs]
+    ours = weights_in(folder)
+    theirs = weights_in(other)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        difference = (weight - theirs[name]).abs().max()
+        assert float(difference) <= (5e-4 if nearly else 0), name
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A run takes over Ctrl-C and SIGTERM. Give them back after each test, and before it let both
+    raise KeyboardInterrupt, or a signal that nobody takes would end pytest."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
-def two_runs(tmp_path_factory):
-    """The same command twice, with exams, a warm-up, uneven micro-batches and resampling."""
-    paths = [tmp_path_factory.mktemp(x) for x in "ab"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eapo, "is_correct", lambda text, gold: len(text) % 2 == 1)
-        for path in paths:
-            eapo.main([*map(str, TOY), "--steps", "3", "--eval-every", "2", "--warmup-steps", "3",
-                       "--resample", "1", "--out", str(path / "run")])
-    return paths
+def undisturbed(tmp_path_factory):
+    """The folder of a run of four steps that nothing happened to. Tests only read it."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_toy(monkeypatch, [*SMALL, "--out", folder])
+    return folder
 
 
-def test_the_same_seed_gives_the_same_metrics_but_for_timings(two_runs):
-    one, two = ([{k: v for k, v in m.items() if "second" not in k} for m in rows_of(p)]
-                for p in two_runs)
-    assert one == two and [m["step"] for m in one] == [0, 1, 2, 3]
+@pytest.fixture
+def a_copy(undisturbed, tmp_path):
+    """A copy of the undisturbed run, to go on from."""
+    return shutil.copytree(undisturbed, tmp_path / "copy")
 
 
-def test_metrics_hold_what_the_readme_promises(two_runs):
-    base, first, second, last = rows_of(two_runs[0])
-    for key in ("step reward solve_rate entropy response_tokens response_length truncated "
-                "groups_all_right groups_all_wrong loss grad_norm clip_fraction seconds "
-                "seconds_sample seconds_score seconds_update tokens_per_second peak_memory_bytes "
-                "tokens/PHR advantage/NHR").split():
-        assert key in first, key
-    for m in (base, second, last):
-        assert 0 <= m["eval/addition/avg@8"] <= m["eval/addition/pass@8"] <= 1
-    assert "eval/addition/avg@8" not in first
-    assert sum(second[f"tokens/{q}"] for q in eapo.QUADRANTS) == pytest.approx(1, abs=1e-4)
-    assert sum(second[f"advantage/{q}"] for q in eapo.QUADRANTS) == pytest.approx(1, abs=1e-4)
+# ---- evaluation ----------------------------------------------------------------------------------
+
+def test_pass_at_k_is_the_share_of_choices_of_k_samples_that_hold_a_right_one():
+    """Against counting every choice of k of n samples, of which the first c are right."""
+    for n, c, k in [(5, 0, 2), (5, 2, 1), (5, 2, 3), (5, 4, 2), (6, 6, 6), (8, 1, 8)]:
+        choices = list(itertools.combinations(range(n), k))
+        passed = [choice for choice in choices if min(choice) < c]
+        assert eapo.pass_at_k(n, c, k) == pytest.approx(len(passed) / len(choices))
+    assert eapo.pass_at_k(1024, 512, 512) == pytest.approx(1.0)
 
 
-def test_the_trained_model_is_an_ordinary_folder_that_trains_on(two_runs, tmp_path):
-    folder = two_runs[0] / "run" / "model"
-    lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert os.path.exists(folder / "model.safetensors") and lm.dtype == torch.float32
-    eapo.main(["--model", str(folder), "--train-data", "addition", "--eval-every", "0",
-               "--steps", "1", "--prompts-per-step", "2", "--max-response-tokens", "8",
-               "--out", str(tmp_path / "run")])
-    assert rows_of(tmp_path)[-1]["groups"] >= 2
+def test_the_interval_of_a_mean_is_that_of_the_normal_law():
+    """100 problems, 36 of them solved: .36 +- 1.96 sqrt(.36 x .64 / 100) = .266 to .454."""
+    low, high = eapo.interval(torch.tensor([1.] * 36 + [0.] * 64)).tolist()
+    assert low == pytest.approx(.266, abs=.015)
+    assert high == pytest.approx(.454, abs=.015)
 
 
-def test_looking_does_not_change_the_run(tmp_path):
-    """Two exams of one model give the same answers, and leave the random generator as it was."""
-    cfg = config(tmp_path, "--max-response-tokens", 8)
-    run = eapo.load(cfg, eapo.World(cfg), str(tmp_path))
-    run.exams = {"x": eapo.load_problems(run, "addition", "exam")[:4]}
-    one = eapo.exam(run, 0)
-    torch.rand(1)                               # a step of training in between
+def test_the_scores_of_an_evaluation_worked_by_hand():
+    """Three problems, 4 responses each, with 1, 0 and 3 right: Avg@4 = 4/12, Pass@4 = 2/3. Of the
+    first one's 6 pairs of responses 3 hold the right one, of the third one's all hold a right one:
+    Pass@2 = (1/2 + 0 + 1) / 3. The 95% interval of so few reaches from the worst to the best."""
+    batch = eapo.make_batch([[5]] * 12, [[6, 6]] * 6 + [[6]] * 6)               # 18 tokens
+    batch.right = torch.tensor([0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0]).bool()
+    batch.H = torch.where(batch.mask, 0.5, 0.0)
+    batch.H[0, 0] = 2.3                                     # 0.5 x 17 + 2.3 = 10.8 nats
+    batch.ended = torch.tensor([False] * 3 + [True] * 9)
+    want = {"avg@4": 1 / 3, "avg_low": 0, "avg_high": 3 / 4, "pass@4": 2 / 3, "pass_low": 0,
+            "pass_high": 1, "entropy": 0.6, "length": 1.5, "truncated": 0.25}
+    assert eapo.eval_metrics(batch, k=4, every_k=False) == pytest.approx(want, abs=1e-5)
+    want |= {"pass@1": 1 / 3, "pass@2": 1 / 2}
+    assert eapo.eval_metrics(batch, k=4, every_k=True) == pytest.approx(want, abs=1e-5)
+
+
+def test_an_evaluation_repeats_its_random_numbers_and_changes_nothing(tmp_path, monkeypatch):
+    """Two evaluations of one model give the same responses, with a step of training in between or
+    not, and leave torch's random generator as it was: looking does not change the run."""
+    run = run_toy(monkeypatch, ["--eval-only", "--max-response-tokens", 8, "--eval-samples", 4,
+                                "--credit-problems", 0, "--out", tmp_path / "run"])
+    torch.rand(1)
     state = torch.get_rng_state()
-    assert eapo.exam(run, 1) == one and torch.get_rng_state().equal(state)
-    rows = [json.loads(line) for line in open(tmp_path / "responses.jsonl")]
-    assert len(rows) == 64 and all(x["response"] == y["response"]
-                                   for x, y in zip(rows[:32], rows[32:]))
+    again = eapo.evaluate(run, step=7)
+    assert torch.get_rng_state().equal(state)
+    assert run.history == [{"step": 0, **again}]
+    rows = read_rows(tmp_path / "run" / "responses.jsonl")
+    texts = [row["response"] for row in rows]
+    assert len(rows) == 2 * 64 * 4
+    assert texts[:256] == texts[256:]
+    assert len(set(texts)) > 200                            # and they differ from one another
+    assert [row["step"] for row in rows] == [0] * 256 + [7] * 256
 
 
-def test_a_folder_that_holds_a_run_is_not_written_over(two_runs):
-    with pytest.raises(SystemExit, match="holds the metrics of another run"):
-        cfg = config(two_runs[0])
-        eapo.open_folder(cfg, eapo.World(cfg))
+def test_an_evaluation_has_a_temperature_and_a_top_p_of_its_own(tmp_path, monkeypatch):
+    """At temperature 0, and where the likeliest token alone has top_p, all tries are the same."""
+    run = run_toy(monkeypatch, ["--eval-only", "--max-response-tokens", 8, "--eval-samples", 2,
+                                "--credit-problems", 0, "--eval-temperature", 0,
+                                "--out", tmp_path / "run"])
+    run.eval_sets["addition"] = run.eval_sets["addition"][:4]
+    run.cfg.eval_temperature = 1.0
+    eapo.evaluate(run, step=1)
+    run.cfg.eval_top_p = 1e-6
+    eapo.evaluate(run, step=2)
+    rows = read_rows(tmp_path / "run" / "responses.jsonl")
+    texts = [row["response"] for row in rows]
+    greedy = texts[:8]
+    sampled = texts[128:136]
+    assert texts[0:128:2] == texts[1:128:2]
+    assert sampled[0::2] != sampled[1::2]
+    assert texts[136:] == greedy
 
 
-def test_bf16_matmuls_sample_from_a_fresh_copy_and_score_with_the_policy(tmp_path, monkeypatch):
-    """The way of a GPU, here on the CPU: after each update the bf16 copy holds today's weights, and
-    old log-probabilities come from the policy, so the first mini-batch has rho = 1 and no clip."""
-    seen = []
-    real = eapo.sample_loop
-    def spy(lm, *args):
-        seen.append((lm.dtype, lm.get_input_embeddings().weight.float().sum().item()))
-        return real(lm, *args)
-    def world(cfg, real=eapo.World):
-        made = real(cfg)
-        made.bf16 = made.sharded = True
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(),
-                                                 rank=0, world_size=1)
-        return made
-    monkeypatch.setattr(eapo, "World", world)
-    monkeypatch.setattr(eapo, "sample_loop", spy)
-    monkeypatch.setattr(eapo, "is_correct", lambda text, gold: len(text) % 2 == 1)
-    eapo.main([*map(str, TOY), "--steps", "3", "--eval-every", "0",
-               "--learning-rate", "1e-2", "--prompts-per-minibatch", "8", "--warmup-steps", "2",
-               "--out", str(tmp_path / "run")])
-    start = eapo.tiny_model(0)[0].bfloat16().get_input_embeddings().weight.float().sum().item()
-    assert all(dtype == torch.bfloat16 for dtype, _ in seen)
-    assert len({start, *(w for _, w in seen)}) == 4     # after the warm-up too
-    assert [m["clip_fraction"] for m in rows_of(tmp_path) if m["step"]] == [0, 0, 0]
-    assert all(m["seconds_score"] > 0 for m in rows_of(tmp_path) if m["step"])
-    assert all(1e-5 < m["sampler_gap"] < 0.1 for m in rows_of(tmp_path) if m["step"])
-
-
-def test_scoring_anew_takes_both_numbers_from_the_policy_and_ships_each_once():
-    """Processes send each other the batch pickled: two views of one storage would go twice. Rows
-    of a micro-batch are cut to their own longest."""
-    run = a_run(tiny_lm(), "--microbatch-tokens", 8)
-    batch = eapo.pack([[5, 7]] * 3, [[6] * n for n in (1, 5, 2)])
-    eapo.rescore(run, batch, 0.7)
-    for found, want in zip((batch.logp, batch.H), run.policy(batch, 0.7)):
-        torch.testing.assert_close(found, want.detach())
-        assert found.untyped_storage().nbytes() == 4 * found.numel()
-    few = batch.rows(torch.tensor([0, 2]))
-    assert few.ids.shape == (2, 4) and few.H.shape == (2, 2)
-
-
-def test_every_prompt_of_every_step_and_exam_has_dice_of_its_own(tmp_path, monkeypatch):
-    """Seeds differ by the number of the prompt, by training or exam, and by the run's seed."""
-    seeds, real = [], eapo.sample_loop
-    monkeypatch.setattr(eapo, "sample_loop", lambda *args: seeds.extend(args[-1]) or real(*args))
-    for seed in (0, 1):
-        cfg = config(tmp_path, "--max-response-tokens", 2, "--seed", seed)
-        run = eapo.load(cfg, eapo.World(cfg), str(tmp_path))
-        for what in ("train", "exam"):
-            eapo.attempt(run, [(n, Problem("x", "1", ids=[5])) for n in range(3)], what, 2, 1., 1.)
-    assert len(set(seeds)) == len(seeds) == 12
-
-
-def test_overlong_responses_lose_up_to_one(tmp_path, monkeypatch):
-    """L_max 8, the last half: lengths 4, 6, 8 of right responses earn 1, 1 - 2/4, 1 - 4/4."""
-    cfg = config(tmp_path, "--max-response-tokens", 8, "--overlong", 0.5)
-    run = eapo.load(cfg, eapo.World(cfg), str(tmp_path))
-    batch = eapo.pack([[5]] * 3, [[6] * n for n in (4, 6, 8)])
-    batch.logp = batch.H = torch.zeros(3, 8)
-    monkeypatch.setattr(eapo, "sample_loop", lambda *args: batch)
-    monkeypatch.setattr(eapo, "is_correct", lambda text, gold: True)
-    numbered = [(0, Problem("x", "1", ids=[5]))]
-    assert eapo.attempt(run, numbered, "test", 3, 1.0, 1.0).reward.tolist() == [1, 0.5, 0]
-
-
-# ---- many processes, checkpoints, the plan -------------------------------------------------------
-
-SMALL = ["--warmup-steps", "4", "--prompts-per-step", "4", "--group-size",
-         "4", "--prompts-per-minibatch", "2", "--max-response-tokens", "10", "--learning-rate",
-         "1e-3", "--eval-every", "3", "--steps", "3"]
-CHILD = """
-import sys, torch, eapo
-torch.set_num_threads(1)
-eapo.is_correct = lambda text, gold: len(text) % 2 and (sys.argv[1] == "odd" or "77" in text)
-eapo.addition, real = (lambda split: real(split, 64, 64, 1)), eapo.addition
-eapo.main(sys.argv[2:])
-"""
-
-
-def start(what, args, processes=1):
-    """eapo in processes of its own, with an easy verifier and few problems: a Popen."""
-    child = os.path.join(os.path.dirname(args[args.index("--out") + 1]), "child.py")
-    with open(child, "w") as f:
-        f.write(CHILD)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
-              str(random.randint(20000, 40000))] if processes > 1 else []
-    env = os.environ | {"PYTHONPATH": os.path.dirname(eapo.__file__), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *launch, child, what, *args], env=env,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def finished(*processes):
-    for p in processes:
-        _, errors = p.communicate(timeout=300)
-        assert p.returncode == 0, errors[-2000:]
-
-
-def metrics_and_weights(folder):
-    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
-    return rows, safetensors.torch.load_file(folder / "model" / "model.safetensors")
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_two_processes_do_what_one_does(tmp_path, tied):
-    """The same losses, gradient norms and metrics within 1e-5, the same weights after 3 steps
-    within 1e-4. Responses are of uneven length; untied, few responses are right, so that in some
-    steps no group disagrees, and in others no group of one of the processes; the two offload."""
-    model = ["--model", "tiny"]
-    if not tied:
-        lm, tokenizer = eapo.tiny_model(0)
-        config = lm.config
-        config.tie_word_embeddings = False
-        torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
-        tokenizer.save_pretrained(tmp_path / "lm")
-        model = ["--model", str(tmp_path / "lm"), "--train-data", "addition", "--eval-data",
-                 "addition", "--warmup-data", "addition", "--resample", "1", "--top-p", "1"]
-    what, steps = ("odd", 3) if tied else ("rare", 6)
-    args = [[*model, *SMALL, "--steps", str(steps), "--out", str(tmp_path / name)]
-            for name in ("one", "two")]
-    offload = [] if tied else ["--offload"]
-    finished(start(what, args[0]), start(what, args[1] + offload, processes=2))
-    (rows, weights), (rows_2, weights_2) = (metrics_and_weights(tmp_path / x)
-                                            for x in ("one", "two"))
-    assert [row["step"] for row in rows] == list(range(steps + 1))
-    for one, two in zip(rows, rows_2):
-        assert one == pytest.approx(two, abs=1e-5, rel=1e-5)
-    mixed = [row["groups"] - row["groups_all_wrong"] - row["groups_all_right"] for row in rows[1:]]
-    assert sum(mixed) > 0 and (tied or 1 in mixed and 0 in mixed)
-    assert weights.keys() == weights_2.keys()
-    for name, w in weights.items():
-        torch.testing.assert_close(w, weights_2[name], rtol=0, atol=1e-4)
-
-
-def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(tmp_path):
-    """kill -9 after the checkpoint of step 2, --resume, and 4 steps in all: bit for bit the metrics
-    (but timings) and weights of 4 steps in one go."""
-    args = ["--model", "tiny", *SMALL, "--steps", "4", "--save-every", "2", "--out"]
-    finished(start("odd", [*args, str(tmp_path / "whole")]))
-    killed = start("odd", [*args[:-1], "--steps", "4000", "--out", str(tmp_path / "killed")])
-    path = tmp_path / "killed" / "checkpoint" / "step-000002"
-    while not path.exists() and killed.poll() is None:
-        time.sleep(0.01)
-    killed.kill()
-    killed.communicate()
-    for later in (tmp_path / "killed" / "checkpoint").iterdir():
-        if later.name != "step-000002":         # it may have come further: go on from step 2
-            shutil.rmtree(later)
-    finished(start("odd", ["--resume", str(tmp_path / "killed"), "--steps", "4", "--out",
-                            str(tmp_path / "killed")]))
-    (rows, weights), (rows_2, weights_2) = (metrics_and_weights(tmp_path / x)
-                                            for x in ("whole", "killed"))
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows == rows_2
-    assert all(w.equal(weights_2[name]) for name, w in weights.items())
-    assert sorted(os.listdir(tmp_path / "whole" / "checkpoint")) == ["step-000002", "step-000004"]
-
-
-def test_a_signal_ends_a_run_after_its_step_and_it_can_go_on(tmp_path):
-    """SIGTERM in the middle of RL: a checkpoint, a model, and exit 0."""
+def test_an_evaluation_alone_leaves_verdicts_that_can_be_checked(tmp_path, monkeypatch):
+    """Two files in one go, with a verifier that a random model often satisfies. Every response is
+    kept with its verdict, which the verifier repeats, and Avg@k and Pass@k are those of the
+    verdicts. Nothing is trained: the folder holds no model and no checkpoint."""
+    def lucky(text, gold):
+        return (len(text) + int(gold)) % 3 == 0
+    monkeypatch.setattr(eapo, "is_correct", lucky)
+    problems = eapo.addition("eval")[:5]
+    for name in "AB":
+        lines = [json.dumps({"problem": p.problem, "answer": p.answer}) for p in problems]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     out = tmp_path / "run"
-    args = ["--model", "tiny", *SMALL, "--steps", "4000", "--out", str(out)]
-    process = start("odd", args)
-    while process.poll() is None and (not (out / "metrics.jsonl").exists()
-                                      or len(open(out / "metrics.jsonl").readlines()) < 3):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    finished(process)
-    step = len(open(out / "metrics.jsonl").readlines()) - 1
-    assert os.listdir(out / "checkpoint") == [f"step-{step:06}"] and (out / "model").exists()
-    finished(start("odd", ["--resume", str(out), "--steps", str(step + 1), "--out", str(out)]))
-    assert sorted(os.listdir(out / "checkpoint"))[-1] == f"step-{step + 1:06}"
+    run = eapo.main(["--eval-only", "--eval-data", f"{tmp_path}/A.jsonl, {tmp_path}/B.jsonl",
+                     "--eval-samples", "4", "--max-response-tokens", "20", "--credit-problems", "0",
+                     "--out", str(out)])
+    assert not {"model", "checkpoint"} & set(os.listdir(out))
+    assert len(run.history) == 1
+
+    rows = read_rows(out / "responses.jsonl")
+    asked = [problem for problem in problems for _ in range(4)]
+    for row, problem in zip(rows, asked + asked, strict=True):
+        assert row["problem"] == problem.problem
+        assert row["answer"] == problem.answer
+        assert row["right"] == lucky(row["response"], row["answer"])
+        assert problems[row["number"]] is problem
+    texts = [row["response"] for row in rows]
+    assert texts[:20] != texts[20:]                         # random numbers differ by the set, too
+    for name in "AB":
+        mine = [row for row in rows if row["set"] == name]
+        right = torch.tensor([row["right"] for row in mine]).reshape(5, 4)
+        avg = int(right.sum()) / 20
+        solved = int(right.any(dim=1).sum()) / 5
+        assert 0 < avg < solved
+        assert run.history[0][f"eval/{name}/avg@4"] == pytest.approx(avg, abs=1e-5)
+        assert run.history[0][f"eval/{name}/pass@1"] == pytest.approx(avg, abs=1e-5)
+        assert run.history[0][f"eval/{name}/pass@4"] == pytest.approx(solved, abs=1e-5)
+        tokens = sum(row["tokens"] for row in mine)
+        nats = sum(row["tokens"] * row["entropy"] for row in mine)
+        ended = sum(row["ended"] for row in mine)
+        assert run.history[0][f"eval/{name}/entropy"] == pytest.approx(nats / tokens, abs=1e-5)
+        assert run.history[0][f"eval/{name}/truncated"] == pytest.approx(1 - ended / 20, abs=1e-5)
 
 
-def test_resuming_with_other_settings_or_data_is_refused(tmp_path, two_runs):
-    folder = str(two_runs[0] / "run")
-    with pytest.raises(SystemExit, match="ran with other settings than .*seed.: 5"):
-        eapo.parse_args(["--resume", folder, "--seed", "5"])
-    assert eapo.parse_args(["--resume", folder, "--steps", "9"]).steps == 9
-    with pytest.raises(SystemExit, match="no such file"):
-        eapo.parse_args(["--resume", str(tmp_path)])
-    run, stream = a_run(), eapo.Stream([Problem("1+1", "2")], 0)
-    run.out = str(tmp_path)
-    optimizer = torch.optim.AdamW(run.policy.parameters())
-    with pytest.raises(SystemExit, match="holds no checkpoint"):
-        eapo.open_folder(eapo.Config(resume="x", out=str(tmp_path)), run.world)
-    assert not (tmp_path / "config.json").exists()                  # nothing is written before
-    eapo.save_checkpoint(run, optimizer, stream, 3)
-    os.makedirs(tmp_path / "checkpoint" / "step-000009.new")        # killed while it was written
-    assert eapo.load_checkpoint(run, optimizer, stream) == 3
-    with pytest.raises(SystemExit, match="its problems differ"):
-        eapo.load_checkpoint(run, optimizer, eapo.Stream([Problem("1+2", "3")], 0))
+def test_on_a_terminal_tokens_have_the_colours_of_their_quadrants(monkeypatch):
+    """A right response 3= with H = .2, .9 and a wrong one 4+ with .1, .8: mu_H is .5. Green for
+    right and red for wrong, bold from mu_H up; none of it where the output is a file."""
+    run = a_run()
+    ids = run.tokenizer.convert_tokens_to_ids(["3", "=", "4", "+"])
+    batch = eapo.make_batch([[5], [5]], [ids[:2], ids[2:]])
+    batch.H = torch.tensor([[.2, .9], [.1, .8]])
+    batch.right = torch.tensor([True, False])
+    said = []
+    for is_terminal in (True, False):
+        stream = io.StringIO()
+        stream.isatty = lambda: is_terminal
+        monkeypatch.setattr(sys, "stdout", stream)
+        eapo.print_responses(run, Problem("1+2="), batch)
+        said.append(stream.getvalue())
+    assert said[0] == ("  '1+2='\n"
+                       "  right  \033[32m3\033[0m\033[1;32m=\033[0m\n"
+                       "  wrong  \033[31m4\033[0m\033[1;31m+\033[0m\n")
+    assert said[1] == "  '1+2='\n  right  3=\n  wrong  4+\n"
 
 
-def test_an_architecture_with_names_of_its_own_is_planned_for_and_trained(tmp_path, monkeypatch):
-    """GPT-2's config has no intermediate_size and no num_key_value_heads."""
-    monkeypatch.setattr(eapo, "is_correct", lambda text, gold: len(text) % 2 == 1)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=18, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=None,
-        eos_token_id=1)).save_pretrained(tmp_path)
-    eapo.tiny_model(0)[1].save_pretrained(tmp_path)
-    eapo.main(["--model", str(tmp_path), "--train-data", "addition", "--eval-every", "0", "--steps",
-               "1", "--prompts-per-step", "4", "--resample", "0", "--max-response-tokens", "8",
-               "--out", str(tmp_path / "run")])
-    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert row["step"] == 1 and row["grad_norm"] > 0
+# ---- a step and its metrics ----------------------------------------------------------------------
+
+def test_the_metrics_of_a_step_worked_by_hand():
+    """Responses of 2, 1, 2 and 1 tokens to two problems. The second group, all wrong, is dropped:
+    it counts in what was sampled, not in what was learned from. Two updates, one clipped token."""
+    run = a_run(None, "--group-size", 2)
+    batch = eapo.make_batch([[5]] * 4, [[6, 6], [6], [6, 6], [6]])
+    batch.H = torch.tensor([[1., .5], [.25, 0], [2, 2], [4, 0]])                # 9.75 nats
+    batch.credit = torch.tensor([[1.5, .5], [-1, 0], [9, 9], [9, 0]])
+    batch.quadrant = torch.tensor([[1, 2], [3, 0], [4, 3], [4, 0]])
+    batch.right = torch.tensor([True, False, False, False])
+    batch.reward = torch.tensor([.5, -1, -1, -1])
+    batch.kept = torch.tensor([True, True, False, False])
+    batch.ended = torch.tensor([True, True, False, True])
+    batch.gap = torch.tensor([.1, .2, .2, .1])
+    run.world.clock.update(sample=3.0, update=1.0)
+    sums = {"loss": .6, "grad_norm": 4.0, "clipped": 1, "updates": 2}
+    found = eapo.measure(run, batch, sums)
+    want = {"reward": -.625, "solve_rate": .25, "entropy": 9.75 / 6, "response_tokens": 6,
+            "response_length": 1.5, "truncated": .25, "groups": 2, "groups_all_right": 0,
+            "groups_all_wrong": 1, "loss": .3, "grad_norm": 2, "clip_fraction": 1 / 3,
+            "sampler_gap": .1, "seconds_sample": 3, "seconds_score": 0, "seconds_update": 1,
+            "tokens/PHR": 1 / 3, "tokens/PLR": 1 / 3, "tokens/NLR": 1 / 3, "tokens/NHR": 0,
+            "advantage/PHR": .5, "advantage/PLR": 1 / 6, "advantage/NLR": 1 / 3,
+            "advantage/NHR": 0, "peak_memory_bytes": 0}
+    assert {name: found[name] for name in want} == pytest.approx(want, abs=1e-5)
+    assert found["seconds"] >= 4
+    assert found["tokens_per_second"] * found["seconds"] == pytest.approx(6, abs=1e-3)
+
+    batch.right = torch.tensor([True, True, False, False])
+    batch.kept = torch.zeros(4, dtype=torch.bool)           # a step without an update
+    found = eapo.measure(run, batch, dict.fromkeys(sums, 0))
+    assert found["groups_all_right"] == 1
+    assert found["groups_all_wrong"] == 1
+    for name in ("loss", "grad_norm", "clip_fraction", "tokens/PHR", "advantage/PHR"):
+        assert found[name] == 0
 
 
-def test_the_plan_counts_what_the_paper_run_holds(tmp_path, monkeypatch, capsys):
-    """Qwen2.5-Math-7B has 7.6e9 parameters: 30.5 GB of weights, as much of gradients, 61 of
-    moments. No machine of ours holds them: one line says so, with a remedy."""
-    transformers.Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4,
-        tie_word_embeddings=False).save_pretrained(tmp_path)
-    cfg = eapo.parse_args(["--model", str(tmp_path)])
-    monkeypatch.setattr(os, "sysconf", lambda name: 10 ** 5)        # 10 GB
-    with pytest.raises(SystemExit, match="needs about .* GB of 10: use a smaller model"):
-        eapo.plan(cfg, eapo.World(cfg), tmp_path)
+def test_the_seconds_of_a_phase_add_up_within_a_step(monkeypatch):
+    """A clock that goes on by a second whenever it is looked at."""
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    world = a_run().world
+    world.start_clock()
+    for phase in ("sample", "update", "sample", "other"):
+        world.begin(phase)
+    assert world.clock == {"other": 1, "sample": 2, "update": 1}
+    world.start_clock()
+    assert world.clock == {}
+
+
+def plain_log_probabilities(lm, batch, i, temperature):
+    """log p of the tokens of response i from a plain forward pass over its row.  -> (t,)"""
+    start = int(batch.prompt_len[i])
+    response = batch.response(i)
+    ids = batch.ids[i, :start + len(response)]
+    logits = lm(ids[None]).logits[0] / temperature
+    logp = logits.log_softmax(dim=-1)[start - 1:-1]
+    return logp.gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("loss_mean", ["tokens", "group"])
+def test_a_step_of_training_is_adam_on_the_naive_loss(tmp_path, monkeypatch, loss_mean):
+    """Six groups, of which two are all right or all wrong; the others are learned from in two mini-
+    batches, in micro-batches of a few rows. Against torch's Adam (no weight decay) on the loss of a
+    plain forward pass, row by row, its gradient scaled to a norm of at most 1. The moments are
+    compared too, for Adam's steps hardly show the size of a gradient. In the second mini-batch rho
+    is not 1, and some tokens are clipped."""
+    args = ["--warmup-steps", 0, "--steps", 1, "--eval-every", 0, "--prompts-per-step", 6,
+            "--group-size", 4, "--prompts-per-minibatch", 2, "--microbatch-tokens", 60,
+            "--max-response-tokens", 6, "--learning-rate", 3e-3, "--temperature", 0.8,
+            "--loss-mean", loss_mean, "--seed", 6]
+    run = run_toy(monkeypatch, [*args, "--out", tmp_path / "run"])
+    other = eapo.open_run(parse([*args, "--out", tmp_path / "other"]))
+    lm = other.policy.lm
+    batch = eapo.collect_rollouts(other)
+    A = eapo.group_advantages(batch.reward, 4)
+    credit = eapo.entropy_aware_advantages(A, batch.H, batch.mask, 4, alpha=0.2, phi=2.0)
+    kept = batch.kept.nonzero().flatten().tolist()
+    assert len(kept) == 16
+
+    adam = torch.optim.Adam(lm.parameters(), lr=3e-3, betas=(0.9, 0.999))
+    losses = []
+    norms = []
+    clipped = 0
+    for rows in (kept[:8], kept[8:]):
+        loss = 0
+        for i in rows:
+            group = range(i // 4 * 4, i // 4 * 4 + 4)
+            share = 1 / int(batch.response_len[rows].sum())
+            if loss_mean == "group":
+                share = 1 / int(batch.response_len[group].sum()) / 2
+            n = int(batch.response_len[i])
+            values = (plain_log_probabilities(lm, batch, i, 0.8), batch.old_logp[i, :n],
+                      credit[i, :n])
+            loss = loss + eapo.policy_loss(*values, share, 0.2, 0.28, 3.0)
+            clipped += int(eapo.clipped_tokens(*values, 0.2, 0.28, 3.0).sum())
+        loss.backward()
+        squares = [p.grad.square().sum() for p in lm.parameters()]
+        norm = float(sum(squares)) ** 0.5
+        for p in lm.parameters():
+            p.grad *= min(1, 1 / norm)
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+        norms.append(norm)
+    assert min(norms) > 1
+    assert clipped > 0
+
+    row = run.history[-1]
+    learned = int(batch.response_len[kept].sum())
+    assert row["loss"] == pytest.approx(sum(losses) / 2, abs=1e-5)
+    assert row["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
+    assert row["clip_fraction"] == pytest.approx(clipped / learned, abs=1e-6)
+    for ours, theirs in zip(run.policy.lm.parameters(), lm.parameters()):
+        difference = (ours - theirs).norm() / theirs.norm()
+        assert difference.item() < 1e-4
+        for name, wanted in adam.state[theirs].items():
+            difference = (run.optimizer.state[ours][name] - wanted).norm() / wanted.norm()
+            assert difference.item() < 1e-3
+
+
+def test_a_gradient_that_is_not_a_number_ends_the_run_before_its_step(tmp_path, monkeypatch):
+    """The first update of step 1 ruins the weights, the second one sees it: nothing is saved."""
+    args = [*SMALL, "--prompts-per-minibatch", 1, "--learning-rate", 1e30, "--eval-every", 0,
+            "--save-every", 1, "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit, match="the gradient is nan, and the step was not taken"):
+        run_toy(monkeypatch, args)
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0]
+    assert not {"checkpoint", "model"} & set(os.listdir(tmp_path / "run"))
+
+
+# ---- whole small runs ----------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_twenty_steps_on_a_toy_task_raise_the_solve_rate(tmp_path, monkeypatch):
+    """A random model, and a rule that wants a "=" in the first 8 characters. A uniform policy
+    manages that in 1 - (33/34)^8 = 0.21 of its responses; without learning it stays about there."""
+    def has_equals_sign(text):
+        return "=" in text
+    args = ["--warmup-steps", 0, "--steps", 20, "--prompts-per-step", 8, "--prompts-per-minibatch",
+            4, "--max-response-tokens", 8, "--learning-rate", 1e-3, "--eval-every", 0]
+    run = run_toy(monkeypatch, [*args, "--out", tmp_path / "run"], has_equals_sign)
+    rates = [row["solve_rate"] for row in run.history if row["step"] > 0]
+    assert len(rates) == 20
+    assert rates[0] < 0.6
+    assert sum(rates[-3:]) / 3 > 0.9
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+        undisturbed, tmp_path, monkeypatch):
+    """And the base that is evaluated first is the model after its warm-up."""
+    run_toy(monkeypatch, [*SMALL, "--out", tmp_path / "same"])
+    assert_same_run(undisturbed, tmp_path / "same")
+    run_toy(monkeypatch, [*SMALL, "--steps", 0, "--seed", 1, "--out", tmp_path / "other"])
+    ours = read_rows(undisturbed / "responses.jsonl")
+    theirs = read_rows(tmp_path / "other" / "responses.jsonl")
+    for one, two in zip(ours[:20], theirs[:20]):
+        assert one["problem"] == two["problem"]
+        assert one["response"] != two["response"]
+    cold = run_toy(monkeypatch, [*SMALL, "--warmup-steps", 0, "--steps", 0,
+                                 "--out", tmp_path / "cold"])
+    warm = read_rows(undisturbed / "metrics.jsonl")
+    assert cold.history[0]["eval/addition/entropy"] > warm[0]["eval/addition/entropy"]
+
+
+def test_metrics_hold_what_the_readme_promises(undisturbed):
+    """Step 0 is the base; --eval-every 3 evaluates after steps 3 and 4, the last; the shares of the
+    four quadrants add up to 1."""
+    rows = read_rows(undisturbed / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    promised = ("step reward solve_rate entropy response_tokens response_length truncated groups "
+                "groups_all_right groups_all_wrong loss grad_norm clip_fraction sampler_gap "
+                "seconds seconds_sample seconds_score seconds_update tokens_per_second "
+                "peak_memory_bytes")
+    for row in rows[1:]:
+        assert not set(promised.split()) - row.keys()
+        for name in ("tokens", "advantage"):
+            shares = [row[f"{name}/{quadrant}"] for quadrant in ("PHR", "PLR", "NLR", "NHR")]
+            assert sum(shares) == pytest.approx(1, abs=1e-4)
+        assert row["seconds_sample"] > 0
+        assert row["seconds_update"] > 0
+        assert row["seconds_sample"] + row["seconds_update"] <= row["seconds"]
+    evaluated = [row for row in rows if "eval/addition/avg@2" in row]
+    assert [row["step"] for row in evaluated] == [0, 3, 4]
+    for row in evaluated:
+        assert 0 <= row["eval/addition/avg@2"] <= row["eval/addition/pass@2"] <= 1
+
+
+def test_the_trained_model_is_an_ordinary_folder_that_trains_on(
+        undisturbed, tmp_path, monkeypatch, capsys):
+    """And main returns the run: its history is metrics.jsonl, its policy what the folder holds."""
+    folder = undisturbed / "model"
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert lm.dtype == torch.float32
+    assert tokenizer.decode(tokenizer("12+3=").input_ids) == "12+3="
+    run = run_toy(monkeypatch, [
+        "--model", folder, "--train-data", "addition", "--eval-data", "addition", "--steps", 1,
+        "--prompts-per-step", 2, "--resample", 0, "--max-response-tokens", 8, "--learning-rate",
+        1e-3, "--eval-samples", 2, "--out", tmp_path / "run"])
+    assert run.history == read_rows(tmp_path / "run" / "metrics.jsonl")
+    before = weights_in(undisturbed)
+    now = run.policy.lm.state_dict()
+    for name, weight in weights_in(tmp_path / "run").items():
+        assert weight.equal(now[name])
+        assert not weight.equal(before[name])
     said = capsys.readouterr().out
-    assert "7615.6M parameters" in said and "weights 30.46, gradients 30.46, moments 60.92" in said
-    # 2 (keys, values) x 28 layers x 4 heads x 128 x 4 bytes = 115 KB a token, 4096 tokens, 8 rows
-    # a group; no room for more than one; logits of 8 rows
-    cache, logits = 2 * 28 * 4 * 128 * 4 * 4096 * 8, 40 * 152064 * 8
-    assert f"groups {(cache + logits) / 1e9:.2f}" in said
+    last_lines = said.splitlines()[-4:]         # the first and the last result, once more
+    assert last_lines[0].startswith("base ")
+    assert last_lines[1].startswith("step 1 ")
+    assert last_lines[3] == f"all is in {run.out}"
+    assert run.out == str(tmp_path / "run")
 
 
-def test_a_disk_without_room_for_three_checkpoints_is_told_before_the_run(tmp_path, monkeypatch):
-    """A tiny model as a folder: 16 bytes a parameter for the model and one checkpoint of weights
-    and two moments, in fp32, 40 with three of them."""
-    lm, tokenizer = eapo.tiny_model(0)
-    lm.save_pretrained(tmp_path)
-    size = sum(p.numel() for p in lm.parameters())
-    for flags, needs in ((["--save-every", "5"], 40 * size), (["--save-every", "0"], 16 * size)):
-        cfg = eapo.parse_args(["--model", str(tmp_path), *flags])
-        for left, fits in ((needs - 1, False), (needs + 1, True)):
-            monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=left))
-            with contextlib.nullcontext() if fits else pytest.raises(SystemExit,
-                                                                     match="another --out"):
-                eapo.plan(cfg, eapo.World(cfg), tmp_path)
+def test_a_folder_that_holds_a_run_is_not_written_over(undisturbed, tmp_path):
+    """And responses of a run that ended before its first metrics do not mix with the next one's."""
+    before = (undisturbed / "config.json").read_text()
+    cfg = parse(["--out", undisturbed])
+    with pytest.raises(SystemExit, match="holds the metrics of another run"):
+        eapo.open_folder(cfg, eapo.World(cfg))
+    assert (undisturbed / "config.json").read_text() == before
+    (tmp_path / "responses.jsonl").write_text("{}\n")
+    cfg = parse(["--out", tmp_path])
+    assert eapo.open_folder(cfg, eapo.World(cfg)) == str(tmp_path)
+    assert (tmp_path / "responses.jsonl").read_text() == ""
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 30
 
 
-def test_as_many_groups_are_sampled_at_a_time_as_memory_holds():
-    """100 numbers in the cache for each token: 2 x 1 layer x 2 heads x 25, of 2 bytes; 10 tokens, 4
-    rows: 8,000 bytes, and 4 x 40 for a vocabulary of one. 4/5 of 102,000 bytes hold ten."""
-    c = types.SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, hidden_size=100,
-                              num_attention_heads=4, vocab_size=1)
-    assert eapo.groups_at_once(c, 2, 10, 4, 102000) == (10, 8160)
-    assert eapo.groups_at_once(c, 2, 10, 4, 101900)[0] == 9
-    assert eapo.groups_at_once(c, 2, 10, 4, 10 ** 9)[0] == 128          # 512 rows
-    assert eapo.groups_at_once(c, 2, 10, 4, -1)[0] == 1 == eapo.groups_at_once(c, 2, 10, 999, 9)[0]
+@pytest.mark.parametrize("change, warning", [
+    ({}, ""), ({"truncated": 0.6}, "most responses were cut off"),
+    ({"grad_norm": 0}, "nothing was learned"),
+    ({"sampler_gap": 0.2}, "sampler and policy differ by 0.2")])
+def test_a_first_step_that_would_spoil_the_others_is_told(tmp_path, capsys, change, warning):
+    """Once, after step 1: more than half of the responses cut off, no gradient, or a sampler that
+    is more than 0.1 nats per token from the policy."""
+    run = a_run()
+    run.out = str(tmp_path)
+    metrics = {"truncated": 0.5, "grad_norm": 0.1, "sampler_gap": 0.1} | change
+    run.log(1, metrics)
+    said = capsys.readouterr().out
+    assert warning in said
+    assert said.count("warning") == len(change)
+    run.log(2, metrics)
+    assert capsys.readouterr().out == ""
+    assert run.history == read_rows(tmp_path / "metrics.jsonl")
+    assert run.history == [{"step": 1, **metrics}, {"step": 2, **metrics}]
 
 
-def test_attention_of_one_token_is_that_of_sdpa():
-    """8 query heads on 2 key heads, rows of uneven length: as with keys repeated by hand."""
-    torch.manual_seed(0)
-    q, (k, v) = torch.randn(3, 8, 1, 5), torch.randn(2, 3, 2, 7, 5)
-    mask = torch.arange(7) >= torch.tensor([0, 2, 6])[:, None]                # left padding
-    for seen in (mask[:, None, None], None):
-        want = torch.nn.functional.scaled_dot_product_attention(
-            q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1), attn_mask=seen)
-        got, _ = eapo.attention_of_one_token(None, q, k, v, seen, scaling=5 ** -0.5)
-        torch.testing.assert_close(got, want.transpose(1, 2))
-
-
-def test_log_probabilities_entropies_and_backward_never_hold_full_logits(monkeypatch):
-    """Tensors kept for backward, and the largest one made, for 512 tokens at V = 4096, beyond the
-    head's weight and gradient: under 1/8 of what full logits take."""
-    V, D, M = 4096, 32, 512
-    head, y = torch.nn.Linear(D, V, bias=False), torch.randint(V, (M,))
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-            out = f(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(x, torch.Tensor):
-                    sizes.append(x.numel())
-            return out
-
-    def measured(logp_and_entropy):
-        sizes.clear()
-        kept = []
-        h = torch.randn(M, D, requires_grad=True)
-        with Largest(), torch.autograd.graph.saved_tensors_hooks(
-                lambda x: kept.append(x.numel()) or x, lambda x: x):
-            logp, H = logp_and_entropy(h)
-            (logp.sum() + H.sum()).backward()
-        return max(n for n in sizes if n != V * D), sum(n for n in kept if n != V * D)
-
-    sizes = []
-    monkeypatch.setattr(eapo, "CHUNK", 32 * V)
-    full = measured(lambda h: eapo.log_prob_and_entropy(head(h), y, 1.0))
-    ours = measured(lambda h: eapo.ChunkedLogProbAndEntropy.apply(h, head.weight, y, 1.0))
-    assert full[0] >= M * V and 8 * ours[0] <= full[0]
-    assert 8 * ours[1] <= full[1]
-
-
-@pytest.mark.parametrize("gpus, launched", [("0", "8"), ("2", "2"), ("1", None)])
-def test_on_several_gpus_the_command_starts_itself_once_a_gpu(monkeypatch, gpus, launched):
-    """8 GPUs are seen: all are used, or --gpus of them; one needs no launcher, and what a launcher
-    started starts no other."""
-    calls = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(os, "execv", lambda path, command: calls.append(command))
-    monkeypatch.setattr(eapo, "train", lambda cfg: calls.append("train"))
-    monkeypatch.setattr(eapo, "parse_args", lambda argv: eapo.Config(gpus=int(gpus), model="x"))
-    eapo.main(["--gpus", gpus, "--steps", "5"])
-    if launched:
-        assert calls[0][1:6] == ["-m", "torch.distributed.run", "--standalone",
-                                 "--nproc-per-node", launched]
-        assert calls[0][7:] == ["--gpus", gpus, "--steps", "5"]
-    assert (calls[0] == "train") == (launched is None)
-    monkeypatch.setenv("RANK", "0")
-    eapo.main(["--gpus", gpus])
-    assert calls[-1] == "train"
-    monkeypatch.setattr(eapo, "parse_args", lambda argv: eapo.Config(gpus=9))
-    with pytest.raises(SystemExit, match="--gpus 9: this machine has 8"):
-        eapo.main([])
-
-
-def test_the_tiny_model_takes_two_threads_at_most_unless_told_otherwise(monkeypatch):
-    """On 16 cores 2, on 1 core 1; OMP_NUM_THREADS and other models have torch's own number."""
+def test_the_tiny_model_takes_two_threads_at_most_unless_told_otherwise(undisturbed, monkeypatch):
+    """On 16 cores 2, on 1 core 1; OMP_NUM_THREADS and other models have torch's own number. The
+    folder is one that is refused, so that nothing runs."""
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(eapo, "train", lambda cfg: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for cores in (16, 1):
+    for cores, model in ((16, "tiny"), (1, "tiny"), (16, "x")):
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
-        eapo.main([])
-    eapo.main(["--model", "x"])
+        with pytest.raises(SystemExit, match="holds the metrics of another run"):
+            eapo.main(["--model", model, "--out", str(undisturbed)])
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    eapo.main([])
+    with pytest.raises(SystemExit, match="holds the metrics of another run"):
+        eapo.main(["--out", str(undisturbed)])
     assert threads == [2, 1]
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+def start(args, rule=has_odd_length, interrupt=0, at_call=0, processes=1, on=0):
+    """This file as a program, see `child`, in one or several processes -> [Popen].
+
+    Process `on` interrupts itself when it marks its training response number `at_call`.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        if processes > 1:                                   # what torchrun would set
+            env |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank),
+                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        call = at_call if rank == on else 0
+        command = [sys.executable, __file__, "child", rule.__name__, int(interrupt), call, *args]
+        process = subprocess.Popen([str(word) for word in command], env=env, text=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        started.append(process)
+    return started
+
+
+def child(rule, interrupt, at_call, *args):
+    """What such a process does: run a command line, with the toy task in place of addition."""
+    eapo.TASKS["addition"] = toy_task(globals()[rule], int(interrupt), int(at_call))
+    eapo.main(list(args))
+
+
+def finish(started):
+    try:
+        for process in started:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors[-2000:]
+    finally:
+        for process in started:         # one that waits in vain for another that has failed
+            process.kill()
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
+    """An untied model; the two processes keep their weights in host memory. Few responses are
+    right, so that in some steps no group is mixed, and in others only one, so that one of the
+    processes has nothing to learn from."""
+    lm, tokenizer = eapo.tiny_model(0)
+    lm.config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(lm.config).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    args = ["--model", tmp_path / "lm", "--train-data", "addition", "--eval-data", "addition",
+            "--warmup-data", "addition", "--resample", 1, "--top-p", 1, *SMALL, "--steps", 6,
+            "--credit-problems", 1]
+    two = start([*args, "--offload", "--out", tmp_path / "two"], has_two_sevens, processes=2)
+    run = run_toy(monkeypatch, [*args, "--out", tmp_path / "one"], has_two_sevens)
+    finish(two)
+    assert_same_run(tmp_path / "two", tmp_path / "one", nearly=True)
+    mixed = [row["groups"] - row["groups_all_wrong"] - row["groups_all_right"]
+             for row in run.history[1:]]
+    assert 0 in mixed
+    assert 1 in mixed
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_and_one_can_go_on(
+        undisturbed, tmp_path, monkeypatch):
+    """Each marks 8 responses a step. The second gets SIGTERM at its twelfth, in step 2: both end
+    after that step, without an error. One process goes on from what the two saved, and comes out
+    where the undisturbed run of one process did. (The tiny model's embedding and head are tied.)"""
+    out = tmp_path / "run"
+    finish(start([*SMALL, "--out", out], interrupt=signal.SIGTERM, at_call=12, processes=2, on=1))
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [0, 1, 2]
+    assert os.listdir(out / "checkpoint") == ["step-000002"]
+    assert weights_in(out).keys() == weights_in(undisturbed).keys()
+    run_toy(monkeypatch, ["--resume", out])
+    assert_same_run(out, undisturbed, nearly=True)
 
 
 def test_a_process_that_waits_in_vain_names_the_phase_and_itself(monkeypatch):
     def all_gather_object(parts, x):
         raise RuntimeError("timed out")
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    run = a_run()
-    run.world.size, run.world.phase = 2, "update"
-    with pytest.raises(RuntimeError) as e:
-        run.world.gather(1)
-    assert "process 0 of 2, phase update" in e.value.__notes__[0]
+    world = a_run().world
+    world.size = 2
+    world.begin("update")
+    with pytest.raises(RuntimeError, match="timed out") as error:
+        world.gather(1)
+    assert "process 0 of 2, phase update" in error.value.__notes__[0]
 
 
-def test_a_first_step_that_taught_nothing_is_told(tmp_path, capsys):
-    for norm, said in ((0, 1), (0.1, 0)):
-        run = a_run()
-        run.out = str(tmp_path)
-        eapo.log(run, 1, dict(truncated=0, grad_norm=norm, sampler_gap=0))
-        assert capsys.readouterr().out.count("nothing was learned") == said
+@pytest.mark.parametrize("gpus, launched", [(0, "8"), (2, "2"), (1, None)])
+def test_on_several_gpus_the_command_starts_itself_once_per_gpu(monkeypatch, gpus, launched):
+    """8 GPUs are seen: all are used, or --gpus of them. One needs no launcher, the tiny model none
+    either, and what a launcher has started starts no other."""
+    commands = []
+
+    def execv(path, command):
+        commands.append(command)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "environ", {})
+    cfg = eapo.Config(model="x", gpus=gpus)
+    eapo.launch_on_all_gpus(cfg, ["--steps", "5"])
+    if launched:
+        command = commands.pop()
+        assert command[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+        assert command[4:6] == ["--nproc-per-node", launched]
+        assert command[6:] == [eapo.__file__, "--steps", "5"]
+    assert commands == []
+    eapo.launch_on_all_gpus(eapo.Config(gpus=gpus), [])
+    os.environ["RANK"] = "0"
+    eapo.launch_on_all_gpus(cfg, [])
+    assert commands == []
+    with pytest.raises(SystemExit, match="--gpus 9: this machine has 8"):
+        eapo.launch_on_all_gpus(eapo.Config(gpus=9), [])
 
 
-# ---- exams and the report ------------------------------------------------------------------------
-
-def test_an_exam_alone_leaves_verdicts_that_can_be_checked(tmp_path, monkeypatch):
-    """Two sets in one go; every response is kept with its verdict, which the verifier repeats;
-    Avg@k and Pass@k are those of the verdicts, with intervals that hold them."""
-    monkeypatch.setattr(eapo, "is_correct", lambda text, gold: (len(text) + int(gold)) % 2 == 0)
-    for name in "AB":
-        (tmp_path / f"{name}.jsonl").write_text("".join(
-            json.dumps({"problem": p.problem, "answer": p.answer}) + "\n"
-            for p in eapo.addition("exam")[:5]))
-    eapo.main(["--eval-only", "--eval-data", f"{tmp_path}/A.jsonl,{tmp_path}/B.jsonl",
-               "--eval-samples", "4", "--out", str(tmp_path / "run")])
-    rows = [json.loads(line) for line in open(tmp_path / "run" / "responses.jsonl")]
-    assert [(row["set"], row["problem"]) for row in rows] == [
-        (name, p.problem) for name in "AB" for p in eapo.addition("exam")[:5] for _ in range(4)]
-    assert all(eapo.is_correct(row["response"], row["answer"]) == row["right"] for row in rows)
-    found = json.load(open(tmp_path / "run" / "eval.json"))
-    for name in "AB":
-        right = [row["right"] for row in rows if row["set"] == name]
-        assert found[f"eval/{name}/avg@4"] == pytest.approx(sum(right) / 20)
-        assert found[f"eval/{name}/pass@1"] == pytest.approx(sum(right) / 20)
-        assert found[f"eval/{name}/pass@4"] == sum(any(right[i:i + 4]) for i in range(0, 20, 4)) / 5
-        solved = torch.tensor(right).view(5, 4)
-        for key, shares in (("avg", solved.float().mean(1)), ("pass", solved.any(1).float())):
-            low, high = eapo.interval(shares).tolist()
-            assert found[f"eval/{name}/{key}_low"] == pytest.approx(low, abs=1e-5)
-            assert found[f"eval/{name}/{key}_high"] == pytest.approx(high, abs=1e-5)
+@pytest.fixture
+def process_group():
+    """A torch.distributed of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_law():
-    """100 questions, 36 of them right: .36 +- 1.96 sqrt(.36 x .64 / 100) = .266 to .454."""
-    low, high = eapo.interval(torch.tensor([1.] * 36 + [0.] * 64))
-    assert float(low) == pytest.approx(.266, abs=.015)
-    assert float(high) == pytest.approx(.454, abs=.015)
+def test_a_bf16_copy_samples_and_the_policy_scores(process_group, tmp_path):
+    """The way of a GPU, here on a CPU. The copy takes today's weights whenever it was emptied, and
+    the old log-probabilities and entropies are the policy's: what the update computes first, so
+    that rho is 1 and nothing is clipped before the first optimizer step."""
+    lm, _ = eapo.tiny_model(0)
+    copy, _ = eapo.tiny_model(1)
+    run = a_run(lm, "--max-response-tokens", 8, "--prompts-per-step", 4, "--group-size", 4)
+    run.out = str(tmp_path)
+    run.world.bf16 = True
+    run.world.sharded = True
+    run.policy = eapo.shard(Policy(lm), run.world, offload=False)
+    run.sampler = copy.bfloat16()
+    problem = Problem("1+2=", "3", ids=[4, 13, 5, 14])
+    run.stream = eapo.Stream([problem], 0)
+    run.eval_sets = {"x": [problem]}
+    eapo.empty_sampler(run)
+    for change in (0, 1):
+        with torch.no_grad():
+            run.policy.lm.model.norm.weight.fill_(1.001 + change)
+        sampler = eapo.fill_sampler(run)
+        for ours, theirs in zip(sampler.parameters(), run.policy.lm.parameters()):
+            assert ours.equal(theirs.full_tensor().bfloat16())
+        eapo.evaluate(run, step=change)
+        assert not any(weight.numel() for weight in run.sampler.parameters())
+        batch = eapo.collect_rollouts(run)
+        assert not any(weight.numel() for weight in run.sampler.parameters())
+        eapo.save_model(run)                                # in fp32, also right after scoring
+        assert weights_in(tmp_path)["model.norm.weight"].equal(torch.full((128,), 1.001 + change))
+        logp, H = run.policy(batch, 1.0)
+        logp.sum().backward()
+        torch.testing.assert_close(batch.old_logp, logp.detach(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch.H, H.detach(), rtol=0, atol=1e-6)
+        gap = batch.gap.sum() / batch.mask.sum()
+        assert 1e-5 < float(gap) < 0.1
+    assert run.world.clock["score"] > 0
 
 
-def test_accounting_adds_up(two_runs):
-    """Shares of the four quadrants sum to 1; a run leaves a report with its own tokens in it."""
-    last = rows_of(two_runs[0])[-1]
-    for what in ("tokens", "advantage", "entropy"):
-        assert sum(last[f"{what}/{q}"] for q in eapo.QUADRANTS) == pytest.approx(1, abs=1e-4)
-    assert any(last[f"drift/{q}"] for q in eapo.QUADRANTS) and last["information"] > 0
-    page = (two_runs[0] / "run" / "report.html").read_text(encoding="utf-8")
-    assert "Token microscope" in page and 'class="PHR"' in page and "rho 1.0" in page
-    # with c of G right, A is sqrt((G - c)(G - 1) / (c G)) and - sqrt(c (G - 1) / ((G - c) G))
-    low, high = sorted({float(x.split(",")[0]) for x in page.split(" nats, A ")[1:]})
-    G = json.load(open(two_runs[0] / "run" / "config.json"))["group_size"]
-    assert low * high == pytest.approx(-(G - 1) / G, abs=0.005)
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
+        undisturbed, tmp_path, monkeypatch):
+    """kill -9 in step 4, each of 16 responses, when the last checkpoint is that of step 2: step 3
+    is done again, and its metrics and the responses of its evaluation stand there once."""
+    out = tmp_path / "run"
+    at_call = 3 * 16 + 5
+    (killed,) = start([*SMALL, "--out", out], interrupt=signal.SIGKILL, at_call=at_call)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert os.listdir(out / "checkpoint") == ["step-000002"]
+    run_toy(monkeypatch, ["--resume", out])
+    assert_same_run(out, undisturbed)
 
 
-EVIL = "<script>alert(1)</script>\"'><img onerror=x>&\n\r\t\0\x1b\u202e\ud800"
+def test_a_signal_ends_a_run_after_its_step_and_it_can_go_on(
+        undisturbed, tmp_path, monkeypatch, capfd):
+    """SIGTERM in step 3 of 4, when an evaluation is due and no checkpoint: the step is finished and
+    saved, the evaluation left out. Then the folder is moved, its logs get a step that no checkpoint
+    has, and half a line. --resume does step 4 as the undisturbed run did it, and saves its end."""
+    out = tmp_path / "run"
+    at_call = 2 * 16 + 5
+    run = run_toy(monkeypatch, [*SMALL, "--out", out], interrupt=signal.SIGTERM, at_call=at_call)
+    assert run.stopped
+    assert [row["step"] for row in run.history] == [0, 1, 2, 3]
+    assert "eval/addition/avg@2" not in run.history[3]
+    assert sorted(os.listdir(out / "checkpoint")) == ["step-000002", "step-000003"]
+    assert (out / "model" / "model.safetensors").exists()
+    said, complained = capfd.readouterr()
+    assert f"stopped; go on with --resume {out}" in said
+    assert "stopping after this step" in complained
+
+    moved = out.rename(tmp_path / "moved")
+    for name in ("metrics.jsonl", "responses.jsonl"):
+        with open(moved / name, "a") as file:
+            file.write('{"step": 4, "set": "addition"}\n{"step": 4, "s')
+    run = run_toy(monkeypatch, ["--resume", moved, "--save-every", 0])
+    assert run.history == read_rows(moved / "metrics.jsonl")
+    assert [row["step"] for row in run.history] == [0, 1, 2, 3, 4]
+    assert sorted(os.listdir(moved / "checkpoint")) == ["step-000003", "step-000004"]
+    said, _ = capfd.readouterr()
+    assert "first prompt" in said                           # the checks are made again
+    page = (moved / "report.html").read_text(encoding="utf-8")
+    assert '<section class="base">' in page                 # it shows the base still
+    assert '<section class="latest">' in page
+    rows = read_rows(undisturbed / "metrics.jsonl")
+    assert without_times(run.history)[4] == without_times(rows)[4]
+    rows = read_rows(undisturbed / "responses.jsonl")
+    wanted = [row for row in rows if row["step"] != 3]
+    assert read_rows(moved / "responses.jsonl") == wanted
 
 
-class Page(html.parser.HTMLParser):
-    """Tags with attributes, and text, as a browser would read them."""
-    def __init__(self, source):
+def test_a_stop_asked_for_in_the_last_step_ends_the_run_as_usual(tmp_path, monkeypatch, capsys):
+    """Nothing is left to do by then: the last evaluation, the model, no checkpoint to resume."""
+    args = [*SMALL, "--steps", 1, "--save-every", 0, "--out", tmp_path / "run"]
+    run = run_toy(monkeypatch, args, interrupt=signal.SIGTERM, at_call=5)
+    assert run.world.signalled
+    assert not run.stopped
+    assert "eval/addition/avg@2" in run.history[1]
+    assert "all is in" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "config.json", "metrics.jsonl", "model", "report.html", "responses.jsonl"]
+
+
+def test_a_stop_in_the_warm_up_ends_it_without_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(eapo.TASKS, "addition", toy_task(has_odd_length))
+    run = eapo.open_run(parse([*SMALL, "--out", tmp_path]))
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SystemExit):
+        eapo.warm_up(run)
+    assert "stopped in the warm-up, which cannot be resumed" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "responses.jsonl"]
+
+
+def test_resuming_with_other_settings_is_refused(a_copy, tmp_path):
+    """What does not change the result may differ; no other setting, and nothing impossible."""
+    for flag, value in [("--seed", "5"), ("--learning-rate", "1.0"), ("--method", "grpo"),
+                        ("--model", "x"), ("--max-response-tokens", "9")]:
+        with pytest.raises(SystemExit, match=f"ran with {flag} .*, not {value}: leave it out"):
+            parse(["--resume", a_copy, flag, value])
+    with pytest.raises(SystemExit, match="--microbatch-tokens must be 0 or more"):
+        parse(["--resume", a_copy, "--microbatch-tokens", "-1"])
+    with pytest.raises(SystemExit, match="config.json: no such file"):
+        parse(["--resume", tmp_path])
+    cfg = parse(["--resume", a_copy, "--steps", 9, "--microbatch-tokens", 7, "--eval-every", 5,
+                 "--save-every", 8, "--gpus", 2, "--offload", "--group-size", 4])
+    assert (cfg.steps, cfg.microbatch_tokens, cfg.eval_every, cfg.save_every) == (9, 7, 5, 8)
+    assert (cfg.group_size, cfg.learning_rate, cfg.out) == (4, 1e-3, str(a_copy))
+
+    # Without a complete checkpoint there is nothing to go on from, and nothing is written.
+    (a_copy / "checkpoint").rename(tmp_path / "elsewhere")
+    (a_copy / "checkpoint" / "step-000002.new").mkdir(parents=True)
+    before = (a_copy / "config.json").read_text()
+    with pytest.raises(SystemExit, match="holds no checkpoint"):
+        eapo.open_folder(cfg, eapo.World(cfg))
+    assert (a_copy / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("part", ["problem", "answer"])
+def test_resuming_with_other_data_is_refused_and_leaves_the_logs(a_copy, monkeypatch, part):
+    """One problem has another text, or another answer."""
+    def other_problems(split):
+        problems = toy_task(has_odd_length).problems(split)
+        setattr(problems[9], part, "1+1=")
+        return problems
+    shutil.rmtree(a_copy / "checkpoint" / "step-000004")
+    logs = [a_copy / "metrics.jsonl", a_copy / "responses.jsonl"]
+    before = [path.read_text() for path in logs]
+    monkeypatch.setitem(eapo.TASKS, "addition", eapo.Task(other_problems))
+    with pytest.raises(SystemExit, match="is not the data that .* its problems differ"):
+        eapo.main(["--resume", str(a_copy)])
+    assert [path.read_text() for path in logs] == before
+    assert os.listdir(a_copy / "checkpoint") == ["step-000002"]
+
+
+class Unwritable:
+    """Something that cannot be saved, as when a disk is full."""
+
+    def save_pretrained(self, path):
+        raise OSError("disk full")
+
+    def __reduce__(self):
+        raise OSError("disk full")
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A Run after one step, to save from."""
+    args = [*SMALL, "--warmup-steps", 0, "--steps", 1, "--eval-every", 0, "--save-every", 0]
+    return run_toy(monkeypatch, [*args, "--out", tmp_path / "run"])
+
+
+def test_a_file_stays_whole_until_the_new_one_is_complete(tmp_path):
+    """Whoever reads the old one goes on reading it; a failure leaves it as it was."""
+    path = tmp_path / "x"
+    eapo.replace_file(str(path), "old")
+    with pytest.raises(UnicodeEncodeError):
+        eapo.replace_file(str(path), "new" * 10 ** 5 + "\ud800")
+    assert path.read_text() == "old"
+    with open(path) as still_open:
+        eapo.replace_file(str(path), "new é")
+        assert still_open.read() == "old"
+    assert path.read_text(encoding="utf-8") == "new é"
+
+
+def test_a_saved_model_stays_whole_until_the_new_one_is_complete(trained, tmp_path):
+    """The weights have changed since, and saving fails after they are written: the folder holds the
+    old ones, and no file is missing. Without the failure it holds the new ones."""
+    folder = tmp_path / "run" / "model"
+    files = sorted(os.listdir(folder))
+    before = weights_in(tmp_path / "run")["model.norm.weight"]
+    with torch.no_grad():
+        trained.policy.lm.model.norm.weight.add_(1)
+    tokenizer = trained.tokenizer
+    trained.tokenizer = Unwritable()
+    with pytest.raises(OSError, match="disk full"):
+        eapo.save_model(trained)
+    assert sorted(os.listdir(folder)) == files
+    assert weights_in(tmp_path / "run")["model.norm.weight"].equal(before)
+    trained.tokenizer = tokenizer
+    eapo.save_model(trained)
+    assert sorted(os.listdir(folder)) == files
+    assert weights_in(tmp_path / "run")["model.norm.weight"].equal(before + 1)
+
+
+def test_a_checkpoint_counts_when_it_is_complete_and_the_last_two_are_kept(trained, tmp_path):
+    """One that fails midway, of a new step or of one that has a checkpoint, changes nothing."""
+    for step in (7, 8, 9, 9):
+        eapo.save_checkpoint(trained, step)
+    folder = f"{tmp_path}/run/checkpoint"
+    kept = [f"{folder}/step-000008", f"{folder}/step-000009"]
+    assert eapo.checkpoints(trained.out) == kept
+    trained.stream.position = Unwritable()
+    for step in (9, 10):
+        with pytest.raises(BaseException, match="disk full"):
+            eapo.save_checkpoint(trained, step)
+    assert eapo.checkpoints(trained.out) == kept
+    trained.stream.position = 0
+    eapo.load_checkpoint(trained)
+    assert trained.done == 9
+    assert trained.stream.position == 4
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+class Machine(eapo.World):
+    """A machine of our choice: processes, bytes that each may fill, GPUs that multiply in bf16."""
+
+    def __init__(self, cfg, size, memory, gpus):
+        super().__init__(cfg)
+        self.size = size
+        self.memory = memory
+        self.bf16 = gpus
+        self.sharded = size > 1 or gpus
+        if gpus:
+            self.device = torch.device("cuda")
+
+    def free_memory(self):
+        return self.memory
+
+
+@pytest.fixture(scope="module")
+def paper_model(tmp_path_factory):
+    """The config of Qwen2.5-Math-7B, as a folder without weights."""
+    folder = tmp_path_factory.mktemp("7B")
+    transformers.Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4,
+        tie_word_embeddings=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("flags, size, gpus, state, copy", [
+    ([], 1, False, 121.85, 0.0), ([], 1, True, 121.85, 15.23), ([], 2, True, 60.92, 15.23),
+    ([], 2, False, 60.92, 30.46), (["--eval-only"], 1, False, 30.46, 0.0),
+    (["--offload"], 1, True, 0.0, 15.23)])
+def test_memory_is_counted_before_a_weight_is_read(
+        paper_model, capsys, flags, size, gpus, state, copy):
+    """7.6156e9 parameters. In fp32 30.46 GB of weights, as much of gradients, 60.92 of moments, cut
+    over the processes; the copy that samples is whole, in bf16 on GPUs: 15.23 GB. One process on
+    a CPU has no copy, an evaluation no gradients and no moments, and --offload nothing on a GPU."""
+    cfg = parse(["--model", paper_model, *flags])
+    needed = max(state, copy)
+    eapo.check_memory(cfg, Machine(cfg, size, (needed + 0.01) * 1e9, gpus))
+    said = capsys.readouterr().out
+    assert "7615.6M parameters" in said
+    assert f"{state} for weights, gradients and moments, {copy} for the copy" in said
+    with pytest.raises(SystemExit, match="does not fit: use more --gpus, --offload, or a smaller"):
+        eapo.check_memory(cfg, Machine(cfg, size, (needed - 0.01) * 1e9, gpus))
+
+
+def test_processes_share_the_memory_of_a_machine():
+    world = a_run().world
+    alone = world.free_memory()
+    assert 1e8 < alone < 1e14
+    world.size = 4
+    assert world.free_memory() == alone / 4
+
+
+class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records how many numbers each tensor holds that torch makes."""
+
+    def __init__(self):
         super().__init__()
-        self.tags, self.texts = [], []
-        self.feed(source)
+        self.made = []
 
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.tags if name == tag]
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        several = isinstance(result, (tuple, list))
+        for x in result if several else [result]:
+            if isinstance(x, torch.Tensor):
+                self.made.append(x.numel())
+        return result
 
 
-def report_rows(steps=3, **more):
-    rows = [{"step": 0, "eval/a/b/avg@8": .4, "eval/a/b/avg_low": .3, "eval/a/b/avg_high": .5}]
-    return rows + [dict(step=s, solve_rate=s / 10, entropy=.1, **more,
-                        **{f"{key}/{q}": .25 for q in eapo.MARKS for key in ("tokens", "drift")})
-                   for s in range(1, steps + 1)]
+def test_logits_are_never_held_in_full(monkeypatch):
+    """M = 512 tokens at V = 4096, in chunks of 16. The largest tensor made, and all that is kept
+    for backward, but for the head and its gradient, are under 1/8 of the whole logits."""
+    V = 4096
+    D = 32
+    M = 512
+    monkeypatch.setattr(eapo, "LOGITS_AT_ONCE", 16 * V)
+    hidden = torch.randn(M, D, requires_grad=True)
+    head = torch.randn(V, D, requires_grad=True)
+    tokens = torch.randint(V, (M,))
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+    with Sizes() as sizes, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logp, H = eapo.log_prob_and_entropy_in_chunks(hidden, head, tokens, 1.0)
+        (logp.sum() + H.sum()).backward()
+    made = [n for n in sizes.made if n != V * D]
+    kept = [n for n in kept if n != V * D]
+    assert 16 * V <= max(made) <= M * V / 8
+    assert sum(kept) <= M * V / 8
 
 
-def a_response(text):
-    return text, [(text, 4, .5, math.log(2), -1., -1.1, 1.3, True)]
+# ---- other architectures -------------------------------------------------------------------------
+
+def test_an_architecture_with_names_of_its_own_is_trained(tmp_path, monkeypatch):
+    """GPT-2's config has no intermediate_size and no num_key_value_heads, and the model has
+    dropout, which is off: in the only update rho is 1, and nothing is clipped."""
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=None,
+        eos_token_id=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "lm")
+    eapo.tiny_model(0)[1].save_pretrained(tmp_path / "lm")
+    run = run_toy(monkeypatch, [
+        "--model", tmp_path / "lm", "--train-data", "addition", "--eval-every", 0, "--steps", 1,
+        "--prompts-per-step", 4, "--resample", 0, "--max-response-tokens", 8,
+        "--out", tmp_path / "run"])
+    assert run.history[-1]["step"] == 1
+    assert run.history[-1]["grad_norm"] > 0
+    assert run.history[-1]["clip_fraction"] == 0
 
 
-def test_what_a_model_or_a_label_says_can_add_no_tag_attribute_or_control_character():
-    tame, evil = [Page(eapo.report({x: [report_rows(**{f"eval/{x}/pass@2": .5})]}, [a_response(x)]))
-                  for x in ("x", EVIL)]
-    assert [(tag, attrs.keys()) for tag, attrs in tame.tags] == [
-        (tag, attrs.keys()) for tag, attrs in evil.tags]
-    assert "script" not in {tag for tag, _ in evil.tags}
-    text = "".join(evil.texts)
-    assert "<script>alert(1)" in text and "↵\n\\r\\t\\x00\\x1b\\u202e\\ud800" in text
-    assert not set(eapo.report({EVIL: [report_rows()]})) & set("\0\t\r\x1b\u202e\ud800")
+def test_a_model_that_scales_its_logits_is_refused(tmp_path):
+    """Granite divides what its head makes by a number; the policy would not."""
+    config = transformers.GraniteConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, logits_scaling=4.0, eos_token_id=1)
+    transformers.GraniteForCausalLM(config).save_pretrained(tmp_path)
+    eapo.tiny_model(0)[1].save_pretrained(tmp_path)
+    cfg = parse(["--model", tmp_path])
+    with pytest.raises(SystemExit, match="cannot be used: log-probabilities as scored are"):
+        eapo.load_model(cfg, eapo.World(cfg))
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_may_not_ask():
-    page = eapo.report({"x": [report_rows()]}, [a_response("x")])
-    assert not any(x in page for x in ("src=", "href=", "url(", "@import", "<script", "<link"))
-    assert "default-src 'none'" in page
-    page.encode()
-
-
-def test_a_token_carries_its_numbers_quadrant_and_shade():
-    """H = log 2: half of the half that an endless H would get is 0.25."""
-    (a,) = [a for a in Page(eapo.report({}, [a_response("x")])).all("a") if "data-t" in a]
-    assert a["class"] == "NHR" and a["style"] == "--h: 0.25" and a["tabindex"] == "0"
-    assert a["data-t"] == ("NHR, p 0.500, H 0.693 nats, A -1.000, A^CA -1.100, rho 1.300, clipped")
-
-
-def test_text_is_made_visible():
-    assert eapo.shown("a\n b\t\xa0é") == "a↵\n b\\t\\xa0é"
-
-
-def test_curve_of_one_seed_has_the_interval_and_of_several_their_range():
-    assert eapo.curve([report_rows()], "eval/a/b/avg@8") == [(0, .3, .4, .5)]
-    rows, key = report_rows(1), "eval/a/b/avg@8"
-    assert eapo.curve([rows, rows, rows[:1] + [dict(step=1, solve_rate=.4)]], "solve_rate") == [
-        (1, .1, pytest.approx(.2), .4)]
-    assert eapo.curve([rows, [{"step": 0, key: .8}]], key)[0][1:] == (.4, pytest.approx(.6), .8)
-    assert eapo.curve([[dict(step=1, x=math.nan), dict(step=2)]], "x") == []
-    row = {"step": 0, "e/avg@8": .4, "e/pass@8": .9, "e/pass@1": .4, "e/pass_low": .8,
-           "e/pass_high": 1}                                        # of pass@8 alone
-    assert eapo.curve([[row]], "e/pass@8") == [(0, .8, .9, 1)]
-    assert eapo.curve([[row]], "e/pass@1") == [(0, .4, .4, .4)]
-
-
-@pytest.mark.parametrize("low, high, expected", [
-    (0, 1, "0 0.2 0.4 0.6 0.8 1"), (0, 30, "0 10 20 30"), (0, 220, "0 50 100 150 200 250"),
-    (-.01, .01, "-0.01 -0.005 0 0.005 0.01"), (0, .3, "0 0.1 0.2 0.3"),
-    (7, 7, "7 7.2 7.4 7.6 7.8 8")])
-def test_ticks_are_round_and_enclose_the_data(low, high, expected):
-    assert " ".join(f"{x:.6g}" for x in eapo.ticks(low, high)) == expected
-
-
-def test_charts_without_data_are_left_out_and_a_histogram_may_have_empty_bins():
-    page = eapo.report({"x": [report_rows()], "y": [[]]}, histogram=([1, 0], [.5, .5]))
-    assert "Response length" not in page and "Solve rate" in page and "log scale" in page
-    assert "nan" not in page and "<section>" not in eapo.report({})
-
-
-def folder(path, rows=(), **config):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(dict(config, out=str(path), versions={})))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
-
-
-def test_compare_groups_seeds_and_labels_by_what_differs(tmp_path):
-    a, b = [folder(tmp_path / f"a{s}", [{"step": s}], alpha=.2, seed=s) for s in (0, 1)]
-    c = folder(tmp_path / "c", [{"step": 2}], alpha=.0, seed=0, phi=1)
-    assert eapo.compare([a, b + "/", a]) == {"a0": [[{"step": 0}], [{"step": 1}]]}
-    assert eapo.compare([a, b, c]) == {"alpha 0.2": [[{"step": 0}], [{"step": 1}]],
-                                  "alpha 0.0, phi 1": [[{"step": 2}]]}
-
-
-def test_compare_does_not_write_over_the_report_of_a_run(tmp_path):
-    run = folder(tmp_path / "a", [{"step": 0}])
-    with pytest.raises(SystemExit, match="--out is a run's folder"):
-        eapo.main(["--compare", run, "--out", run])
-
-
-def test_compare_says_in_one_line_what_is_wrong_with_a_folder(tmp_path):
-    broken = folder(tmp_path / "broken")
-    (tmp_path / "broken" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
-    for bad in (str(tmp_path / "none"), broken):
-        with pytest.raises(SystemExit, match="^eapo: cannot use") as e:
-            eapo.compare([bad])
-        assert "\n" not in str(e.value) and bad in str(e.value)
-
-
-def test_the_table_of_parts_in_the_readme_has_the_right_lines():
-    here = os.path.dirname(os.path.abspath(eapo.__file__))
-    parts = [(int(line[7:].partition(".")[0]), n)
-             for n, line in enumerate(open(eapo.__file__, encoding="utf-8"), 1)
-             if line.startswith("# Part ")]
-    readme = open(os.path.join(here, "README.md"), encoding="utf-8").read()
-    rows = [line.split("|")[1:3] for line in readme.splitlines() if line.startswith("| [")]
-    assert [(int(part.split("]")[0].strip(" [")), int(line)) for part, line in rows] == parts
-    assert [part for part, _ in parts] == list(range(1, 11))
-
+# ---- the command line ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("args, says", [
     (["--quadrants", "PHX"], "no quadrant is called PHX, only PHR, PLR, NLR, NHR"),
+    (["--method", "gropo"], "no method is called gropo, only eapo, grpo"),
     (["--method", "grpo", "--without", "PHR"], "--without is for --method eapo"),
+    (["--loss-mean", "sum"], "--loss-mean is tokens or group"),
     (["--temperature", "0"], "--temperature must be above 0"),
-    (["--resample", "-1"], "0 or more"), (["--overlong", "8"], "is a share"),
-    (["--learning-rate", "-1"], "0 or more"), (["--seed", "-1"], "0 or more"),
-    (["--train-data", "none.jsonl"], "cannot use none.jsonl: .*No such file"),
+    (["--top-p", "0"], "--top-p must be above 0 and at most 1"),
+    (["--eval-top-p", "2"], "--eval-top-p must be above 0 and at most 1"),
+    (["--resample", "-1"], "--resample must be 0 or more"),
+    (["--eval-samples", "0"], "--eval-samples must be 1 or more"),
+    (["--overlong", "8"], "is a share"),
+    (["--learning-rate", "-1"], "--learning-rate must be 0 or more"),
+    (["--train-data", "none.jsonl"], "none.jsonl: no such file"),
     (["--eval-data", "addition, addition"], "two sets addition: rename a file"),
     (["--model", "no folder"], "cannot use no folder: "),
     (["--max-response-tokens", "9999"], "reads 512 tokens, .* lower --max-response-tokens"),
-    (["--out", os.path.abspath(__file__) + "/run"], "cannot use .*/run: .*Not a directory"),
-    (["--compare", "a,b"], "name folders of runs.*No such file")])
+    (["--out", __file__ + "/run"], "cannot use .*/run: .*Not a directory")])
 def test_mistakes_of_newcomers_are_met_with_one_line(tmp_path, args, says):
-    out = [] if "--out" in args else ["--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit, match=says) as e:
-        eapo.main([*args, *out])
-    assert "\n" not in str(e.value) and str(e.value).startswith("eapo: ")
+    with pytest.raises(SystemExit, match=says) as error:
+        eapo.main(["--out", str(tmp_path / "run"), *args])
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("eapo: ")
 
 
-def test_the_help_fits_two_screens_and_names_every_setting(capsys):
+def test_what_ends_a_run_before_its_first_step_ends_it_with_advice(tmp_path, monkeypatch):
+    def interrupted(split):
+        raise KeyboardInterrupt
+
+    def too_large(split):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setitem(eapo.TASKS, "addition", eapo.Task(interrupted))
+    with pytest.raises(SystemExit, match="stopped before the first step; nothing to save"):
+        eapo.main(["--out", str(tmp_path)])
+    monkeypatch.setitem(eapo.TASKS, "addition", eapo.Task(too_large))
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        eapo.main(["--out", str(tmp_path)])
+    assert "--microbatch-tokens" in error.value.__notes__[0]
+
+
+@pytest.mark.parametrize("model, steps, group_size, temperature", [
+    ("tiny", 30, 8, 1.0), ("Qwen/Qwen2.5-Math-7B", 220, 8, 0.6),
+    ("agentica-org/DeepScaleR-1.5B-Preview", 900, 16, 0.6)])
+def test_the_help_names_every_flag_and_the_defaults_of_the_model(
+        capsys, model, steps, group_size, temperature):
     with pytest.raises(SystemExit):
-        eapo.parse_args(["--help"])
+        parse(["--model", model, "--help"])
     said = capsys.readouterr().out
-    assert len(said.splitlines()) <= 90
-    assert all(f"--{f.replace('_', '-')}" in said for f in eapo.Config.__dataclass_fields__)
-
-
-def test_no_function_is_longer_than_fifty_lines():
-    tree = ast.parse(open(eapo.__file__, encoding="utf-8").read())
-    long = [f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
-            and f.end_lineno - f.lineno >= 50]
-    assert not long
+    for name in eapo.Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in said
+    said = " ".join(said.split())
+    assert f"learns from it (default: {steps})" in said
+    assert f"G, responses per prompt (default: {group_size})" in said
+    assert f"0: greedy (default: {temperature})" in said
 
 
 if __name__ == "__main__":
