@@ -45,6 +45,7 @@ import argparse
 import cmath
 import contextlib
 import glob
+import gzip
 import html
 import json
 import math
@@ -774,14 +775,13 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
         place = place.masked_fill(over, 0)              # an idle slot stays where it is
         t = t.masked_fill(over, 0)
 
-    # All that was kept, without the scrap row and without what lies behind a response's end.
+    # All that was kept, without the scrap row and cut to the longest response.
     rows = zip(tokens.tolist(), length[:N].tolist())
     responses = [row[:n] for row, n in rows]
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
-    mask = batch.mask                                                           # (N, T)
-    T = mask.shape[1]
-    batch.old_logp = logp[:N, :T].cpu() * mask
-    batch.H = H[:N, :T].cpu() * mask
+    T = batch.mask.shape[1]
+    batch.old_logp = logp[:N, :T].cpu()
+    batch.H = H[:N, :T].cpu()
     batch.ended = torch.tensor([row[-1] in stop_ids for row in responses]).bool()
     return batch
 
@@ -870,8 +870,8 @@ def draw(logits, u, temperature, top_p):
         p, order = p.sort(dim=-1, descending=True)
         before = p.cumsum(dim=-1) - p                   # what the likelier tokens hold together
         p = p.masked_fill(before >= top_p, 0)
-    # In double precision, so that no token with probability 0 has a length. The sum of p is not
-    # exactly 1, so u is stretched to it.
+    # In double precision, because a sum in fp32 may fall from one token to the next on a GPU. The
+    # sum of p is not exactly 1, so u is stretched to it.
     ends = p.double().cumsum(dim=-1)                                            # (rows, V)
     point = u[:, None] * ends[:, -1:]                                           # (rows, 1)
     place = torch.searchsorted(ends, point, right=True)                         # (rows, 1)
@@ -1039,11 +1039,7 @@ def warm_up(run):
         optimizer.zero_grad()
 
         bar.set_postfix_str(f"loss {world.sum(loss_sum):.3f} nats per token", refresh=False)
-        if world.asked_to_stop():
-            bar.close()
-            world.print("stopped in the warm-up, which cannot be resumed")
-            raise SystemExit
-    bar.close()
+        require(not world.asked_to_stop(), "stopped in the warm-up, which cannot be resumed")
 
 
 def solution_batch(run, problems):
@@ -1243,14 +1239,30 @@ def problems_from_rows(source, rows, wanted):
 def read_rows(source, split):
     """The rows of a JSON, CSV or Parquet file, or of a hub data set ID[:SPLIT], as dicts."""
     extension = source.lower().removesuffix(".gz").rpartition(".")[2]
-    kind = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}.get(extension)
-    if kind:
-        there = os.path.isfile(source) and os.path.getsize(source) > 0
-        require(there, f"{source}: no such file, or an empty one")
-        return list(datasets.load_dataset(kind, data_files=source, split="train"))
+    if extension in ("json", "jsonl"):
+        return read_json(source)
+    if extension in ("csv", "parquet"):
+        return list(datasets.load_dataset(extension, data_files=source, split="train"))
     name, _, named_split = source.partition(":")
     usual_split = "test" if split == "eval" else "train"
     return list(datasets.load_dataset(name, split=named_split or usual_split))
+
+
+def read_json(path):
+    """The objects of a JSON file: one per line, or all in an array."""
+    # Not by `datasets`, which would turn a gold such as 2024-01-01 into a time.
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig") as file:
+        text = file.read()
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    rows = []
+    for n, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            with one_line_errors(f"{path}, line {n}"):
+                rows.append(json.loads(line))
+            require(isinstance(rows[-1], dict), f"{path}, line {n}: not an object")
+    return rows
 
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -1474,40 +1486,40 @@ def true_credit(run, batch, problems, at_most, n=16):
         true advantage = V(s, o) - V(s)             of the token o that was drawn
 
     s is a prefix, v a likely token behind it, V(s, v) the share of n continuations that are right.
-    Responses are measured one after the other while there are fewer than at_most pairs (s, v) to
-    continue; later ones hold nan. problems: the list that the numbers of the batch point into.
+    Once there are at_most pairs (s, v) to continue, no more responses are measured: they hold nan.
     """
-    batch.V = torch.full(batch.mask.shape, torch.nan)
-    batch.I = torch.full(batch.mask.shape, torch.nan)
-    batch.true_advantage = torch.full(batch.mask.shape, torch.nan)
+    shape = batch.mask.shape
+    batch.V = torch.full(shape, torch.nan)                                      # (N, T)
+    batch.I = torch.full(shape, torch.nan)
+    batch.true_advantage = torch.full(shape, torch.nan)
 
-    # Something is decided only where there is more than one likely token. Responses to a problem
-    # begin alike: a beginning (number of the problem, s and v) is continued once for all of them.
+    # Something is decided only where more than one token is likely. Responses begin alike: a
+    # beginning (number of the problem, tokens of s, v) is continued once for all of them.
     decisions = []
-    to_finish = {}                                      # beginning -> the problem of finishing it
-    for i in range(len(batch.ids)):
-        if len(to_finish) >= at_most:
+    value = {}                                          # beginning -> V(s, v), known below
+    for i, number in enumerate(batch.number.tolist()):
+        if len(value) >= at_most:
             break
-        number = int(batch.number[i])
         response = batch.response(i)
-        for t, p in enumerate(likely_tokens(run, batch, i)):                    # p (V,)
-            tokens = p.nonzero()[:, 0].tolist()
+        for t, pi in enumerate(likely_tokens(run, batch, i)):                   # (V,)
+            tokens = pi.nonzero().flatten().tolist()
             if len(tokens) == 1:
                 continue
             beginnings = [(number, *response[:t], v) for v in tokens]
             drawn = tokens.index(response[t])
-            decisions.append((i, t, p[tokens], beginnings, drawn))
+            decisions.append((i, t, pi[tokens], beginnings, drawn))
             for beginning in beginnings:
-                to_finish[beginning] = rest_of(run, problems[number], beginning[1:])
+                value[beginning] = None
         batch.V[i] = float(batch.right[i])              # as it is behind the last decision
         batch.I[i] = 0
         batch.true_advantage[i] = 0
 
-    run.world.print(f"measuring credit: {n * len(to_finish)} continuations")
-    numbered = list(enumerate(to_finish.values()))
+    run.world.print(f"measuring credit: {n * len(value)} continuations")
+    rests = [rest_of(run, problems[number], begun) for number, *begun in value]
+    numbered = list(enumerate(rests))
     tries = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
     right = tries.right.reshape(-1, n).float()                                  # (beginnings, n)
-    value = dict(zip(to_finish, right.mean(dim=1)))
+    value = dict(zip(value, right.mean(dim=1)))
 
     # The last decisions come first: each sets V of all tokens up to its own.
     for i, t, pi, beginnings, drawn in reversed(decisions):
@@ -1520,33 +1532,29 @@ def true_credit(run, batch, problems, at_most, n=16):
 
 @torch.no_grad()
 def likely_tokens(run, batch, i):
-    """What could have stood in the place of each token of response i?  -> pi (T, V)
-
-    pi is 0 but for the token drawn and, of the four likeliest, those with at least 1%; it is made
-    to add up to 1 again.
-    """
+    """The token drawn and, of the four likeliest, those that have at least 1%.  -> pi (T, V)"""
     lm = fill_sampler(run)
-    start = int(batch.prompt_len[i])
-    end = start + int(batch.response_len[i])
-    ids = batch.ids[i, :end].to(lm.device)
-    logits = lm(ids[None]).logits[0, start - 1:end - 1].float()                 # (T, V)
+    row = batch.rows([i]).to(lm.device)
+    start = int(row.prompt_len)
+    logits = lm(row.ids).logits[0, start - 1:-1].float()                        # (T, V)
     pi = (logits / run.cfg.eval_temperature).softmax(dim=-1)
     fourth = pi.topk(4).values[:, 3:]                                           # (T, 1)
-    unlikely = pi < fourth.clamp(min=0.01)
-    unlikely.scatter_(1, ids[start:, None], False)      # the one drawn
-    pi = pi.masked_fill(unlikely, 0)
+    likely = pi >= fourth.clamp(min=0.01)
+    likely.scatter_(1, row.ids[0, start:, None], True)
+    pi = pi * likely                                    # the others have 0
     return (pi / pi.sum(dim=-1, keepdim=True)).cpu()
 
 
 def rest_of(run, problem, begun):
-    """The problem of finishing a response that has begun with these tokens, if it is not over."""
+    """The problem of finishing a response that begins with these tokens."""
     text = run.tokenizer.decode(begun, skip_special_tokens=True)
+
     over = begun[-1] in run.stop_ids
-    check_all = problem.check or is_correct
 
     def check(rest, answer):
+        check_all = problem.check or is_correct
         return check_all(text if over else text + rest, answer)
-    return Problem(problem.problem, problem.answer, check=check, ids=[*problem.ids, *begun])
+    return Problem(problem.problem, problem.answer, check=check, ids=problem.ids + begun)
 
 
 def value_and_information(pi, values, n):
@@ -1555,79 +1563,81 @@ def value_and_information(pi, values, n):
         # h is concave, so h of an estimate is too low, on average by variance / 2x(1 - x). Left
         # uncorrected, I would be too high by about (1 - sum pi^2) / 2n. Up to 1 / 4n remain where
         # V is near 0 or 1.
-        entropy = -torch.special.xlogy(x, x) - torch.special.xlogy(1 - x, 1 - x)
+        entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         spread = x * (1 - x)
-        missing = torch.where(spread > 0, variance / (2 * spread), 0)
-        return entropy + missing
+        return entropy + variance / (2 * spread).clamp(min=1e-9)
 
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
     variance = values * (1 - values) / n                                        # (K,)
     variance_of_V = (pi.square() * variance).sum()
-    doubt_before = h(V, variance_of_V)
-    doubt_after = (pi * h(values, variance)).sum()
-    return V, doubt_before - doubt_after
+    before = h(V, variance_of_V)
+    after = (pi * h(values, variance)).sum()
+    return V, before - after
 
 
 def look_closely(run, step, name, problems, batch):
-    """Measure the credit in a few problems at both ends of the run, and show the first -> metrics
+    """Show a problem on the page and, at both ends of the run, measure credit in a few -> metrics
 
-    The first evaluation chooses those of which about half of the responses are right: there is the
-    most credit to give.
+    The first evaluation chooses those with about half of the responses right: there is most credit.
     """
-    cfg = run.cfg
-    k = cfg.eval_samples
+    k = run.cfg.eval_samples
+    wanted = run.cfg.credit_problems
     if not run.page:
         share = batch.right.reshape(-1, k).float().mean(dim=1)                  # (problems,)
         order = (share - 0.5).abs().argsort(stable=True)
-        how_many = max(1, cfg.credit_problems)
-        run.page["problems"] = order[:how_many].tolist()
+        run.page["problems"] = order[:max(1, wanted)].tolist()
     chosen = torch.tensor(run.page["problems"])
     few = batch.rows(torch.isin(batch.number, chosen))
-    few.advantage = group_advantages(few.reward, k).nan_to_num()    # a group of one has no std
-
+    few.advantage = torch.zeros(len(few.ids))           # of a single response, which has no group
+    if k > 1:
+        few.advantage = group_advantages(few.reward, k)
     metrics = {}
-    wanted = cfg.credit_problems > 0 and cfg.eval_temperature > 0
-    if wanted and step in (0, cfg.steps):
-        true_credit(run, few, problems, at_most=100 * cfg.credit_problems)
+    if wanted > 0 and run.cfg.eval_temperature > 0 and step in (0, run.cfg.steps):
+        true_credit(run, few, problems, at_most=100 * wanted)
         metrics = compare_credit(run, name, few)
-    first = few.rows(slice(0, k))
-    show_responses(run, step, problems[int(first.number[0])], first)
+    first = int(few.number[0])
+    show_responses(run, step, problems[first], few.rows(slice(0, k)))
     return metrics
 
 
 def compare_credit(run, name, batch):
-    """Print which kinds of token hold the credit, and which rules of credit find it -> metrics"""
-    measured = batch.mask & ~batch.I.isnan()                                    # (N, T)
+    """Print which kinds of token hold the true credit, and which rules find it -> metrics"""
+    measured = batch.mask & batch.I.isfinite()                                  # (N, T)
     responses = int(measured[:, 0].sum())
-    kinds = token_kinds(run, name, batch)
-    kinds["all"] = batch.mask
-    metrics = {}
-    run.world.print(f"  in {responses} responses:\n"
-                    "              tokens   H and I, nats per response     I/H")
-    for kind, where in kinds.items():
-        here = where & measured
-        tokens = float(here.sum() / measured.sum())
-        H = float(batch.H[here].sum() / responses)
-        I = float(batch.I[here].sum() / responses)
-        ratio = I / max(H, 1e-9)
-        metrics[f"credit/{kind}/tokens"] = tokens
-        metrics[f"credit/{kind}/H"] = H
-        metrics[f"credit/{kind}/I"] = I
-        run.world.print(f"  {kind:10} {tokens:7.1%} {H:16.3f} {I:11.3f} {ratio:7.3f}")
+    task = TASKS.get(name)
+    kinds = []                                          # of the M measured tokens
+    for i in range(responses):
+        tokens = [run.tokenizer.decode([token]) for token in batch.response(i)]
+        if task and task.kinds:
+            kinds += task.kinds(tokens)
+        else:
+            kinds += ["all"] * len(tokens)
 
-    # Over all measured tokens of the groups that are neither all right nor all wrong.
+    metrics = {}
+    run.world.print(f"{responses} responses: share of tokens; H and I, nats per response; I / H")
+    H = batch.H[measured]                                                       # (M,)
+    I = batch.I[measured]
+    for kind in dict.fromkeys(kinds + ["all"]):
+        here = torch.tensor([kind in (each, "all") for each in kinds])          # (M,)
+        H_here = H[here].sum() / responses
+        I_here = I[here].sum() / responses
+        row = {"tokens": here.float().mean(), "H": H_here, "I": I_here,
+               "I/H": I_here / H_here.clamp(min=1e-9)}
+        line = f"  {kind:10}"
+        for key, x in row.items():
+            line += f"{x:10.3f}"
+            metrics[f"credit/{kind}/{key}"] = x
+        run.world.print(line)
+
+    # Rules can be compared where a group has right and wrong responses.
     mixed = measured & (batch.advantage != 0)[:, None]
     credits = {method: credit_by(run, batch, method) for method in CREDIT_RULES}
-    credits["eapo-1.9"] = credit_by(run, batch, "eapo", alpha=1.9, phi=2.0)
-    line = "  cosine with the true advantage:"
-    for method, credit in credits.items():
+    credits["eapo, 1.9"] = credit_by(run, batch, "eapo", alpha=1.9, phi=2.0)
+    for method, credit in credits.items() if mixed.any() else []:
         cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
-        metrics[f"credit/cosine/{method}"] = float(cosine)
-        line += f"  {method} {cosine:.2f}"
-    if not mixed.any():
-        line = "  no credit to compare: all groups are all right or all wrong"
-    run.world.print(line)
-    return {key: round(x, 6) for key, x in metrics.items()}
+        run.world.print(f"  cosine of {method:12} with the true advantage {cosine:6.2f}")
+        metrics[f"credit/cosine/{method}"] = cosine
+    return rounded(metrics)
 
 
 def credit_by(run, batch, method, **changes):
@@ -1635,21 +1645,6 @@ def credit_by(run, batch, method, **changes):
     settings = asdict(run.cfg) | {"group_size": run.cfg.eval_samples} | changes
     credit = CREDIT_RULES[method](batch, SimpleNamespace(**settings))
     return credit.masked_fill(~batch.mask, 0)
-
-
-def token_kinds(run, name, batch):
-    """Where are the tokens of each kind?  -> {kind: (N, T) bool}, empty if the task has no kinds"""
-    where = {}
-    task = TASKS.get(name)
-    if task is None or task.kinds is None:
-        return where
-    for i in range(len(batch.ids)):
-        tokens = [run.tokenizer.decode([token]) for token in batch.response(i)]
-        for t, kind in enumerate(task.kinds(tokens)):
-            if kind not in where:
-                where[kind] = torch.zeros(batch.mask.shape, dtype=torch.bool)
-            where[kind][i, t] = True
-    return where
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1728,16 +1723,16 @@ ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv, "^": pow}
 BRACKETS = {"(": ")]", "[": ")]", "{": "}", r"\{": "}", r"\begin": [r"\end"]}  # what closes them
 RELATIONS = "=≠<≤>≥"
 DIGITS = digits + "."   # what a number starts with
-END = "end of the answer"
+END_OF_ANSWER = "end of the answer"
 
 # How tightly operators bind: the later in this list, the tighter. A symbol that is not listed is a
 # factor without a sign, like x in 2x. Functions are listed so that \sin x ends before \cos x.
-LEVELS = [[END, *")]}", r"\end"], [r"\\"], ["&"], [","], [*RELATIONS], [":"], ["+", "-"],
+LEVELS = [[END_OF_ANSWER, *")]}", r"\end"], [r"\\"], ["&"], [","], [*RELATIONS], [":"], ["+", "-"],
           ["*", "/", *FUNCTIONS], ["a factor"], ["^"]]
 STRENGTH = {symbol: level for level, symbols in enumerate(LEVELS) for symbol in symbols}
-SUM = STRENGTH["+"]
-PRODUCT = STRENGTH["*"]
-FACTOR = STRENGTH["a factor"]
+SUM_STRENGTH = STRENGTH["+"]
+PRODUCT_STRENGTH = STRENGTH["*"]
+FACTOR_STRENGTH = STRENGTH["a factor"]
 
 
 def is_correct(response, gold):
@@ -1834,7 +1829,7 @@ def same_meaning(ours, gold):
         gold_value = [t.partition("_")[0] if t[0] in DIGITS else t for t in gold_value]
 
     try:
-        slack = max(min(rounding(answer), 2e-6), min(rounding(gold_value), 1.1e-3))
+        slack = max(min(rounding_error(answer), 2e-6), min(rounding_error(gold_value), 1.1e-3))
         readings = ["1", "100"] if "%" in answer + gold_value else ["1"]
         for whole in readings:
             if values_agree(read_answer(answer, whole), read_answer(gold_value, whole), slack):
@@ -1872,7 +1867,7 @@ def is_quantity(tokens):
     return is_plain and is_closed and is_symbol and "," not in symbols
 
 
-def rounding(tokens):
+def rounding_error(tokens):
     """Half a unit in the last place of a decimal, relative to it: 0.005 for 1.00. It is 0 for fewer
     than three digits, and in sums and lists, which may hold exact numbers too."""
     numbers = [token.partition("e")[0] for token in tokens if token[0] in DIGITS]
@@ -1886,7 +1881,7 @@ def rounding(tokens):
 def is_product(tokens):
     """Whether nothing binds looser than a product, apart from signs of numbers and exponents."""
     for before, token in zip(tokens, tokens[1:]):
-        is_looser = 0 < STRENGTH.get(token, FACTOR) <= SUM
+        is_looser = 0 < STRENGTH.get(token, FACTOR_STRENGTH) <= SUM_STRENGTH
         if is_looser and before not in ("(", "{", "^"):
             return False
     return True
@@ -1938,7 +1933,7 @@ def are_proportional(ours, gold):
     ratio = [our / other for our, other in zip(our_difference, difference)]
     if ratio[0] == 0 or ours.kind not in "=≠" and ratio[0].real < 0:     # -x > 3 is not x > 3
         return False
-    return values_agree(ratio, constant(ratio[0]), 0)
+    return values_agree(ratio, constant_number(ratio[0]), 0)
 
 
 def numbers_close(ours, gold, slack):
@@ -2047,9 +2042,9 @@ def read_answer(tokens, whole):
     # If % could stand in a sum, \frac{100}{99}\% + \frac{98}{99} would be two numbers, 1 and 2.
     if tokens[-1] == "%" and is_product(tokens):
         tokens = ["(", *tokens[:-1], ")", "/", whole]
-    stack = [END, *reversed(tokens)]
+    stack = [END_OF_ANSWER, *reversed(tokens)]
     value = read_expression(stack)
-    if stack != [END]:
+    if stack != [END_OF_ANSWER]:
         raise ValueError("there is more than one expression")
     return value
 
@@ -2060,20 +2055,21 @@ def read_expression(stack, floor=0):
     value = read_signed(stack, floor)
     while True:
         token = stack[-1]
-        strength = STRENGTH.get(token, FACTOR)
+        strength = STRENGTH.get(token, FACTOR_STRENGTH)
         if token.startswith('"'):
             skip_unit(stack, value)
         elif strength <= floor or token[0] in DIGITS:    # 2 3 is not a product
             return value
-        elif strength < SUM:
+        elif strength < SUM_STRENGTH:
             value = read_parts(stack, value)
         else:
             operation = ARITHMETIC.get(token, mul)
             if token in ARITHMETIC:
                 stack.pop()
             # 1/2x is (1/2)x: to the right of / or * stands one power
-            right = read_expression(stack, FACTOR if strength == PRODUCT else strength)
-            value = compute(operation, value, right)
+            is_product = strength == PRODUCT_STRENGTH
+            right = read_expression(stack, FACTOR_STRENGTH if is_product else strength)
+            value = compute_number(operation, value, right)
             if token == "^" and stack[-1] == "^":
                 raise ValueError("2^3^2 is ambiguous")
 
@@ -2083,14 +2079,14 @@ def read_signed(stack, floor):
     token = stack[-1]
     if token in ("+", "-"):
         stack.pop()
-        value = read_expression(stack, max(floor, SUM))      # -2^2 is -(2^2)
-        return compute(ARITHMETIC[token], constant(0), value)
+        value = read_expression(stack, max(floor, SUM_STRENGTH))      # -2^2 is -(2^2)
+        return compute_number(ARITHMETIC[token], constant_number(0), value)
     value = read_operand(stack)
-    if token.isdecimal() and stack[-1] == r"\frac" and floor <= FACTOR:
+    if token.isdecimal() and stack[-1] == r"\frac" and floor <= FACTOR_STRENGTH:
         part = read_operand(stack)
         is_exact = is_constant(part) and type(part[0]) is Fraction
         is_mixed = is_exact and 0 < part[0] < 1                  # 1\frac45, but not 2\frac{x}5
-        value = compute(add if is_mixed else mul, value, part)
+        value = compute_number(add if is_mixed else mul, value, part)
     return value
 
 
@@ -2101,24 +2097,25 @@ def read_operand(stack):
     if is_variable(letter):
         if letter in ("f", "g") and stack[-1] == "(":
             raise ValueError("a function, and not f times x")
-        return variable(letter)
+        return variable_number(letter)
     if token.startswith('"'):
         return Structure(token, [])
     if token[0] in DIGITS:
         # 204_5 is not computed: it is like a name, and equal to itself
-        return variable(token) if "_" in token else constant(Fraction(token))
+        return variable_number(token) if "_" in token else constant_number(Fraction(token))
     if token in CONSTANTS:
-        return constant(CONSTANTS[token])
+        return constant_number(CONSTANTS[token])
     if token in BRACKETS:
         return read_bracket(stack, token)
     if token in FUNCTIONS:
         return read_function(stack, token)
     if token == r"\frac":
         numerator = read_argument(stack)
-        return compute(truediv, numerator, read_argument(stack))
+        return compute_number(truediv, numerator, read_argument(stack))
     if token == r"\sqrt":
-        degree = read_operand(stack) if stack[-1] == "[" else constant(2)
-        return compute(pow, read_argument(stack), compute(truediv, constant(1), degree))
+        degree = read_operand(stack) if stack[-1] == "[" else constant_number(2)
+        exponent = compute_number(truediv, constant_number(1), degree)
+        return compute_number(pow, read_argument(stack), exponent)
     raise ValueError(f"cannot read {token}")
 
 
@@ -2144,17 +2141,17 @@ def read_bracket(stack, opener):
 
 def read_function(stack, name):
     r"""The value of \sin and its like. \sin^2 2x is (\sin 2x)^2; \sin(x) y ends at the bracket."""
-    exponent = constant(1)
+    exponent = constant_number(1)
     if stack[-1] == "^":
         stack.pop()
         exponent = read_operand(stack)
-        if exponent == constant(-1):
+        if exponent == constant_number(-1):
             raise ValueError("an inverse function, and not a power")
     if stack[-1] in BRACKETS:
         argument = read_operand(stack)
     else:
-        argument = read_expression(stack, PRODUCT)
-    return compute(pow, compute(FUNCTIONS[name], argument), exponent)
+        argument = read_expression(stack, PRODUCT_STRENGTH)
+    return compute_number(pow, compute_number(FUNCTIONS[name], argument), exponent)
 
 
 def read_parts(stack, first):
@@ -2174,29 +2171,29 @@ def skip_unit(stack, value):
     if stack[-1] == "^":
         stack.pop()
         read_operand(stack)
-    is_last = STRENGTH.get(stack[-1], FACTOR) < SUM
+    is_last = STRENGTH.get(stack[-1], FACTOR_STRENGTH) < SUM_STRENGTH
     is_unit = NO_UNITS.isdisjoint(unit[1:].split())
     if not is_constant(value) or not is_last or not is_unit:
         raise ValueError("words that may change the value")
 
 
-def constant(value):
+def constant_number(value):
     """The same number at all points."""
     return [value, value, value]
 
 
 def is_constant(number):
     """Whether a number is the same at all points, as it is without a variable."""
-    return number == constant(number[0])
+    return number == constant_number(number[0])
 
 
-def variable(name):
+def variable_number(name):
     """Pseudo-random numbers between 1 and 2, always the same for the same name."""
     hashes = [crc32(f"{name}{point}".encode()) for point in range(3)]
     return [1 + Fraction(1 + number % 996, 997) for number in hashes]
 
 
-def compute(operation, *numbers):
+def compute_number(operation, *numbers):
     r"""The operation at each point, unless the result is too long or too small for floats. A result
     that is nothing but rounding error is 0: \sin\pi is 1.2e-16 in floats."""
     results = []
@@ -2398,10 +2395,12 @@ def close_run(run):
         run.world.print(line)
     outcome = "stopped; go on with --resume" if run.stopped else "all is in"
     run.world.print(f"{outcome} {run.out}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # a notebook may go on
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def open_folder(cfg, world):
-    """Make the folder of the run and write config.json into it -> its path."""
+    """Make the folder of a new run, or find that of a run to resume -> its path."""
     model = os.path.basename(os.path.normpath(cfg.model))
     now = time.strftime("%Y%m%d-%H%M%S")
     out = cfg.out or f"runs/{model}-{now}-{os.getpid()}"
@@ -2411,16 +2410,20 @@ def open_folder(cfg, world):
     else:
         require(not os.path.exists(f"{out}/metrics.jsonl"),
                 f"{out} holds the metrics of another run: choose another --out, or --resume {out}")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                "python": platform.python_version()}
-    with one_line_errors(out):
-        os.makedirs(out, exist_ok=True)
-        if world.rank == 0:
-            settings = asdict(cfg) | {"versions": versions}
-            replace_file(f"{out}/config.json", json.dumps(settings, indent=2))
-            if not cfg.resume:
+        with one_line_errors(out):
+            os.makedirs(out, exist_ok=True)
+            if world.rank == 0:
+                write_settings(cfg, out)
                 replace_file(f"{out}/responses.jsonl", "")
     return out
+
+
+def write_settings(cfg, out):
+    """Write config.json: the settings of a run, and the versions that it runs with."""
+    settings = asdict(cfg)
+    settings["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__,
+                            "python": platform.python_version()}
+    replace_file(f"{out}/config.json", json.dumps(settings, indent=2))
 
 
 def load_model(cfg, world):
@@ -2552,18 +2555,21 @@ def sanity_check(run, problems):
                         "its answers anyway, no response will be right: say so in the problems, or "
                         "imitate solutions first (--warmup-data)")
 
-    golds = [problem.answer for problem in problems[:200]]
+    some = problems[:200]
     paid = 0
-    for gold in golds:
+    junk = 0
+    for problem in some:
+        check = problem.check or is_correct
+        gold = problem.answer
         one = gold[0] if isinstance(gold, list) else gold
-        paid += is_correct(f"\\boxed{{{one}}}", gold)
-    junk = sum(is_correct("\\boxed{no idea}", gold) for gold in golds)
+        paid += check(f"\\boxed{{{one}}}", gold)
+        junk += check("\\boxed{no idea}", gold)
     bos = first.ids.count(run.tokenizer.bos_token_id)
     ends = run.tokenizer.convert_ids_to_tokens(run.stop_ids)
     run.world.print(f"first prompt: {text[:400]!r}")
     run.world.print(f"  {len(first.ids)} tokens, {first.ids[:8]} .. {first.ids[-4:]}, BOS {bos} "
                     f"times; responses end with {ends}")
-    run.world.print(f"verifier: pays {paid} of {len(golds)} gold answers, and junk {junk} times")
+    run.world.print(f"verifier: pays {paid} of {len(some)} gold answers, and junk {junk} times")
 
 
 def warn_of_first_step(run, metrics):
@@ -2586,6 +2592,15 @@ def replace_file(path, text):
     os.replace(path + ".new", path)
 
 
+def replace_folder(path):
+    """Put the finished folder path.new into the place of path, which is never missing for long."""
+    shutil.rmtree(path + ".old", ignore_errors=True)
+    if os.path.exists(path):
+        os.replace(path, path + ".old")
+    os.replace(path + ".new", path)
+    shutil.rmtree(path + ".old", ignore_errors=True)
+
+
 def save_model(run):
     """Write the policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
     path = f"{run.out}/model"
@@ -2599,8 +2614,7 @@ def save_model(run):
             del weights[name]
         lm.save_pretrained(path + ".new", state_dict=weights)
         run.tokenizer.save_pretrained(path + ".new")
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(path + ".new", path)
+        replace_folder(path)
 
 
 def checkpoints(out):
@@ -2626,8 +2640,7 @@ def save_checkpoint(run, step):
     path = f"{run.out}/checkpoint/step-{step:06}"
     dcp.save(checkpoint_state(run, step), checkpoint_id=path + ".new")
     if run.world.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(path + ".new", path)
+        replace_folder(path)
         for old in checkpoints(run.out)[:-2]:
             shutil.rmtree(old)
     run.world.gather(None)                              # nobody goes on before it is there
@@ -2657,6 +2670,8 @@ def load_checkpoint(run):
         if run.world.rank == 0:
             replace_file(path, "".join(kept))
     run.history = [json.loads(line) for line in kept]
+    if run.world.rank == 0:
+        write_settings(run.cfg, run.out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2668,32 +2683,27 @@ PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>Where does the credit go?</title><style>
-:root { color-scheme: light dark; --H: #f3bd63; --I: #b4540a; --up: #2c9a4b; --down: #dd4840 }
-body { max-width: 1200px; margin: auto; padding: 16px 20px 90px; overflow-wrap: anywhere;
-  background: Canvas; color: CanvasText; font: 16px/1.5 system-ui, sans-serif }
-main { display: grid; grid-template-columns: minmax(0, 1fr) 300px; gap: 0 48px }
-@media (max-width: 900px) { main { grid-template-columns: minmax(0, 1fr) } }
-h2 { margin: 16px 0 0; font-size: 20px }  figure { margin: 24px 0 }  code { font-size: 14px }
-svg { width: 100%; max-width: 420px; font-size: 12px; fill: CanvasText }
-fieldset { display: inline-block; margin: 8px 12px 8px 0; border: 1px solid #8886;
-  border-radius: 8px }
-label { display: inline-block; padding: 4px 8px 4px 0; cursor: pointer }
-pre { position: relative; margin: 8px 0 24px; font: 17px ui-monospace, monospace;
-  white-space: normal }
+:root { color-scheme: light dark; overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 1200px; margin: auto; padding: 16px 20px 90px }
+@media (min-width: 900px) { main { display: grid; grid-template-columns: 1fr 300px; gap: 48px } }
+fieldset { display: inline-block; margin-right: 12px; border: 1px solid #8886; border-radius: 8px }
+label { display: inline-block }  figure { margin: 0 0 24px }  polygon { opacity: 0.3 }
+svg { width: 100%; height: 96px; border: solid #888; border-width: 0 0 1px 1px; stroke: #2f7de1 }
+svg * { vector-effect: non-scaling-stroke }  polyline { fill: none; stroke-width: 2 }
+pre { position: relative; margin: 8px 0 24px; font: 17px monospace; white-space: normal }
 span { display: inline-grid; grid-template-rows: 44px auto auto; min-width: 12px;
   padding: 0 2px 8px; text-align: center; white-space: pre; vertical-align: top }
-.fork { font-weight: 900 }
 span:is(:hover, :focus) { background: #8883; outline: 1px solid #888 }
-span:is(:hover, :focus)::after { content: attr(data-t); position: absolute; z-index: 1; left: 0;
-  top: 100%; padding: 4px 8px; background: CanvasText; color: Canvas; white-space: pre-wrap;
+span:is(:hover, :focus)::after { content: attr(data-t); position: absolute; z-index: 1; top: 100%;
+  left: 0; padding: 4px 8px; background: CanvasText; color: Canvas; white-space: pre-wrap;
   font: 14px/1.5 system-ui, sans-serif; text-align: left }
-i { border-radius: 2px; max-height: 100% }  i.key { display: inline-block; padding: 6px }
-.H { align-self: end; display: grid; background: var(--H) }
-.I { align-self: end; background: var(--I) }
-.up, .down { grid-area: 3 / 1; background: var(--up) }  .down { background: var(--down) }
+.fork { font-weight: 900 }  i { border-radius: 2px; max-height: 100% }
+.key { display: inline-block; padding: 6px }  .up, .down { grid-area: 3 / 1; background: #2c9a4b }
+.down { background: #dd4840 }  .H, .I { grid-area: 1 / 1; align-self: end; background: #f3bd63 }
+.I { background: #b4540a }
 body:has(#base:checked) .latest, body:has(#latest:checked) .base,
-body:has(#grpo:checked) :is(.rule, .gap), body:has(#rule:checked) :is(.grpo, .gap),
-body:has(#gap:checked) :is(.grpo, .rule) { display: none }
+body:has(#eapo:checked) :is(.grpo, .gap), body:has(#grpo:checked) :is(.eapo, .gap),
+body:has(#gap:checked) :is(.eapo, .grpo) { display: none }
 </style><h1>Where does the credit go?</h1>"""
 
 
@@ -2704,38 +2714,28 @@ def shown(text):
 
 
 def show_responses(run, step, problem, group):
-    """Make a section of the page and keep it in run.page: some responses, with bars at each token.
+    """Make a section of the page, four responses to a problem, and keep it in run.page.
 
-    group: a Batch of responses to one problem with advantages, and with V and I if measured.
+    group: a Batch of all responses to the problem with advantages, and with V and I if measured.
     """
-    rule, enlarged = page_rule(run.cfg)
     if "rows" not in run.page:          # two right and two wrong ones; later, the same tries
-        right = group.right.nonzero()[:2, 0].tolist()
-        wrong = (~group.right).nonzero()[:2, 0].tolist()
-        run.page["rows"] = right + wrong
-        run.page["pixels"] = 44 / max(0.7, float(group.H.max()))        # per nat, of H and I
-    pixels = run.page["pixels"]
+        right_first = group.right.float().argsort(descending=True, stable=True)
+        right_first = right_first.tolist()
+        run.page["rows"] = right_first[:2] + right_first[2:][-2:]
+        run.page["pixels"] = 44 / max(0.7, float(group.H.max()))        # per nat
     mu, _ = entropy_mean_and_std(group.H, group.mask, len(group.ids))
     fork = group.mask & (group.H >= mu)                                         # (G, T)
-    facts = {
-        "p": group.old_logp.exp(),
-        "H": group.H,
-        "GRPO": credit_by(run, group, "grpo"),
-        rule: credit_by(run, group, rule.lower()),
-    }
-    tokens = int(group.mask.sum())
+    credits = {rule: credit_by(run, group, rule.lower()) for rule in ("GRPO", "EAPO")}
+    facts = {"p": group.old_logp.exp(), "H": group.H, **credits}                # (G, T) each
     text = (f"{int(group.right.sum())} of {len(group.ids)} responses are right. Forks are "
-            f"{int(fork.sum()) / tokens:.0%} of the tokens")
-    if group.advantage.any():
-        for name in ("GRPO", rule):
-            size = facts[name].abs()
-            text += f"; {name} gives them {float(size[fork].sum() / size.sum()):.0%} of the credit"
-    if group.I is not None:
-        facts |= {"I": group.I, "V": group.V}           # nan in responses that were not measured
-        measured = (~group.I.isnan()) & group.mask
-        responses = measured[:, 0].sum()
-        total = group.I[measured].sum() / responses
-        held = group.I[measured & fork].sum().clamp(min=0) / responses
+            f"{float(fork.sum() / group.mask.sum()):.0%} of the tokens")
+    for rule, credit in credits.items() if group.advantage.any() else []:
+        share = credit[fork].abs().sum() / credit.abs().sum()
+        text += f"; {rule} gives them {float(share):.0%} of the credit"
+    if group.I is not None:             # nan in responses that were not measured
+        facts |= {"I": group.I, "V": group.V}
+        total = group.I.nanmean(dim=0).sum()
+        held = (group.I * fork).nanmean(dim=0).sum()
         text += f"; of {total:.2f} nats of true credit per response, they hold {held:.2f}"
 
     which = "base" if step == 0 else "latest"
@@ -2744,38 +2744,26 @@ def show_responses(run, step, problem, group):
         verdict = "right" if group.right[i] else "wrong"
         section += f"<b>{verdict}, A = {group.advantage[i]:+.2f}</b><pre>"
         for t, token in enumerate(group.response(i)[:400]):
-            numbers = {name: float(x[i, t]) for name, x in facts.items() if not x[i, t].isnan()}
-            bars = bars_html(numbers, rule, enlarged, pixels)
-            told = ", ".join(f"{name} {x:.3f}" for name, x in numbers.items())
-            focus = 'class="fork" tabindex="0"' if fork[i, t] else 'tabindex="-1"'
+            numbers = {name: float(x[i, t]) for name, x in facts.items()}
+            known = {name: x for name, x in numbers.items() if math.isfinite(x)}
             text = shown(run.tokenizer.decode([token])).replace(" ", "·")
-            section += f'<span {focus} data-t="{text}   {told}">{bars}{text}</span>'
+            section += token_html(text, fork[i, t], known, run.page["pixels"])
         section += "</pre>"
     run.page[which] = section + "</section>"
 
 
-def page_rule(cfg):
-    """The rule that the page holds against GRPO, and how many times it enlarges the difference."""
-    if cfg.method in ("grpo", "eapo"):
-        return "EAPO", cfg.phi / max(cfg.alpha, cfg.phi / 100)      # it is at most |A| alpha / phi
-    return cfg.method.upper(), 1.0
-
-
-def bars_html(numbers, rule, enlarged, pixels):
-    """The bars at a token: H, and within it I, above it, and three below it, of which one is shown.
-    """
-    def bar(names, height, inside=""):
-        return f'<i class="{names}" style="height: {height:.0f}px">{inside}</i>'
-
-    I_bar = ""
-    if numbers.get("I", math.nan) > 0:
-        I_bar = bar("I", numbers["I"] * pixels)
-    bars = bar("H", numbers["H"] * pixels, I_bar)
-    gap = enlarged * (numbers[rule] - numbers["GRPO"])
-    for name, x in (("grpo", numbers["GRPO"]), ("rule", numbers[rule]), ("gap", gap)):
-        side = "up" if x > 0 else "down"
-        bars += bar(f"{name} {side}", 14 * abs(x))
-    return bars
+def token_html(text, fork, numbers, pixels):
+    """A token with its bars, its numbers when pointed at.  text: HTML; pixels: of a nat"""
+    heights = {"H": pixels * numbers["H"], "I": pixels * max(0, numbers.get("I", 0)),
+               "grpo": 14 * numbers["GRPO"], "eapo": 14 * numbers["EAPO"]}
+    heights["gap"] = 10 * (heights["eapo"] - heights["grpo"])
+    bars = ""
+    for name, height in heights.items():
+        side = "up" if height > 0 else "down"
+        bars += f'<i class="{name} {side}" style="height: {abs(height):.0f}px"></i>'
+    told = ", ".join(f"{name} {x:.3f}" for name, x in numbers.items())
+    focus = 'class="fork" tabindex="0"' if fork else 'tabindex="-1"'
+    return f'<span {focus} data-t="{text}   {told}">{bars}{text}</span>'
 
 
 def write_page(run, step, metrics):
@@ -2785,87 +2773,67 @@ def write_page(run, step, metrics):
     cfg = run.cfg
     name = list(run.eval_sets)[0]
     avg = f"Avg@{cfg.eval_samples}"
-    points = []                 # (step, low, Avg@k, high, entropy)
-    keys = ("avg_low", avg.lower(), "avg_high", "entropy")
+    scores = []                 # (step, low, value, high)
+    entropies = []
     for row in run.history + [{"step": step, **metrics}]:
-        values = [row.get(f"eval/{name}/{key}") for key in keys]
-        if None not in values:
-            points.append((row["step"], *values))
-    scores = [(x, low, y, high) for x, low, y, high, _ in points]
-    entropies = [(x, H, H, H) for x, _, _, _, H in points]
+        if f"eval/{name}/entropy" in row:
+            keys = ("avg_low", avg.lower(), "avg_high", "entropy")
+            low, y, high, H = (row[f"eval/{name}/{key}"] for key in keys)
+            scores.append((row["step"], low, y, high))
+            entropies.append((row["step"], H, H, H))
     _, first_low, first, first_high = scores[0]
-    _, low, latest, high = scores[-1]
     verdict = "no difference is shown, as the 95% intervals overlap"
-    if low > first_high:
-        verdict = "better, and the 95% intervals do not overlap"
-    if high < first_low:
-        verdict = "worse, and the 95% intervals do not overlap"
+    if low > first_high or high < first_low:
+        verdict = f"{'better' if y > first else 'worse'}, and the 95% intervals do not overlap"
+
+    command = "python eapo.py"  # and all settings that differ from the defaults for its model
+    usual = asdict(Config(**preset(cfg.model)))
+    for key, x in asdict(cfg).items():
+        if x != usual[key] and key != "resume":
+            command += " " + flag_name(key)
+            command += "" if x is True else " " + shlex.quote(str(x))
 
     models = {"base": "the base", "latest": f"step {step}"}
     models = {which: text for which, text in models.items() if which in run.page}
-    rule, enlarged = page_rule(cfg)
-    credits = {"rule": rule, "grpo": "GRPO", "gap": f"{rule} − GRPO, {enlarged:.3g} times as high"}
-    sections = "".join(run.page[which] for which in models)
+    credits = {"eapo": "EAPO", "grpo": "GRPO", "gap": "EAPO − GRPO, 10 times as high"}
     replace_file(f"{run.out}/report.html", f"""{PAGE_HEAD}
-<p>{cfg.method.upper()}, step {step} of {cfg.steps}. {avg} on {shown(name)}: {first:.3f} at the base,
-{latest:.3f} now; {verdict}.
-<br><code>{shown(command(cfg))}</code></p>
-{switch("Responses of", models)}{switch("Credit", credits)}
+<p>{cfg.method.upper()}, step {step} of {cfg.steps}. {avg} on {shown(name)}: {first:.3f} at the
+base, {y:.3f} now; {verdict}.<br><code>{shown(command)}</code></p>
+{radio("Responses of", models)}{radio("Credit", credits)}
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
-within that, where it was measured, <i class="I key"></i> its true credit I, how much of the doubt
-about the verdict it removed, both in nats. I is never larger than H, but for the error of
-sampling. Below each token: the credit it was given, <i class="up key"></i> up or
-<i class="down key"></i> down. Forks, with H at or above the mean of the {cfg.eval_samples}
-responses, are bold. Point at a token, tap it, or press Tab for its numbers; p is its probability,
-V the chance before it that the answer will be right.</p>
-<main><div>{sections}
-<p>Entropy is not surprise. It says how unsure the model was before it drew a token, not how
-unlikely the token is that it drew. A slip, drawn with p near 0 where the model was sure, has a low
-H, and EAPO blames it less than GRPO does, even if it cost the answer.</p></div>
+within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
+verdict it removed. Both are in nats, and I is at most H, but for the error of sampling. Below each
+token: the credit it was given, <i class="up key"></i> up or <i class="down key"></i> down. Forks,
+with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token, tap it,
+or press Tab for its numbers; p is its probability, V the chance before it to be right.</p>
+<main><div>{"".join(run.page[which] for which in models)}
+<p>Entropy is not surprise: it says how unsure the model was before it drew a token, not how
+unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a low H, and
+EAPO blames it less than GRPO does, even if it cost the answer.</p></div>
 <aside>{curve(f"{avg} on {name}, with its 95% interval", scores)}
 {curve(f"Entropy on {name}, nats", entropies)}</aside></main>""")
 
 
-def switch(legend, options):
-    """Radio buttons, of which the first is on. The style of the page says what each one hides."""
+def radio(legend, options):
+    """Radio buttons, the first of them on. The style of the page says what each one hides."""
     buttons = ""
     for name, text in options.items():
-        checked = " checked" if buttons == "" else ""
-        buttons += (f'<label><input type="radio" name="{legend}" id="{name}"{checked}>{text}'
-                    "</label> ")
+        on = "" if buttons else "checked"
+        buttons += f'<label><input type="radio" name="{legend}" id="{name}" {on}>{text}</label> '
     return f"<fieldset><legend>{legend}</legend>{buttons}</fieldset>"
 
 
 def curve(title, points):
-    """A figure of (step, low, value, high), from 0 up, with low to high shaded."""
+    """A figure of points (step, low, value, high), from 0 up, with low to high shaded."""
     last = max(1, points[-1][0])
     top = max(1e-6, *(high for *_, high in points))
-
-    def at(step, y):
-        x = 36 + 280 * step / last
-        return f"{x:.1f},{104 - 96 * y / top:.1f}"
-    line = [at(step, y) for step, _, y, _ in points]
-    band = [at(step, high) for step, _, _, high in points]
-    band += [at(step, low) for step, low, _, _ in reversed(points)]
-    return f"""<figure><svg viewBox="0 0 330 124">
-<path d="M36 8V104H316" stroke="#888" fill="none"/>
-<polygon points="{" ".join(band)}" fill="#2f7de155" stroke="#2f7de155"/>
-<polyline points="{" ".join(line)}" fill="none" stroke="#2f7de1" stroke-width="2"/>
-<text y="14">{top:.2f}</text><text y="108">0</text><text x="36" y="120">0</text>
-<text x="316" y="120" text-anchor="end">step {last}</text></svg><figcaption>{shown(title)}:
-{points[0][2]:.3f} &rarr; {points[-1][2]:.3f}</figcaption></figure>"""
-
-
-def command(cfg):
-    """The command line of a run: all settings that differ from the defaults for its model."""
-    usual = asdict(Config(**preset(cfg.model)))
-    words = ["python eapo.py"]
-    for name, x in asdict(cfg).items():
-        if x is True:
-            words.append(flag_name(name))
-        elif x != usual[name] and name != "resume":
-            words.append(f"{flag_name(name)} {shlex.quote(str(x))}")
-    return " ".join(words)
+    line = [f"{step},{-y:f}" for step, _, y, _ in points]
+    band = [f"{step},{-high:f}" for step, _, _, high in points]
+    band += [f"{step},{-low:f}" for step, low, _, _ in reversed(points)]
+    return f"""<figure>{top:.2f}<svg viewBox="0 {-top:f} {last} {top:f}" preserveAspectRatio="none">
+<polygon points="{" ".join(band)}" fill="#2f7de1"/><polyline points="{" ".join(line)}"/></svg>
+<figcaption>{shown(title)}, steps 0 to {last}: {points[0][2]:.3f} &rarr; {points[-1][2]:.3f}
+</figcaption></figure>"""
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -143,9 +144,9 @@ def odd(text, answer):
 
 
 def toy(split):
-    """A task of eight problems, marked by `odd`."""
+    """A task of 16 problems, marked by `odd`."""
     problems = []
-    for n in range(8):
+    for n in range(16):
         problem = Problem(f"{n}+{n}=", solution=f"\\boxed{{{n}}}", check=odd)
         problems.append(problem)
     return problems
@@ -483,7 +484,7 @@ def test_a_token_weighs_the_same_or_a_group_does():
 
 ONE_STEP = ["--train-data", "toy", "--eval-every", 0, "--warmup-steps", 0, "--steps", 1,
             "--group-size", 4, "--prompts-per-step", 5, "--prompts-per-minibatch", 2,
-            "--max-response-tokens", 8, "--learning-rate", 1e-2]
+            "--max-response-tokens", 8, "--learning-rate", 1e-2, "--seed", 1]
 
 
 def group_by_hand(lm, batch, rows):
@@ -999,8 +1000,8 @@ def test_a_bf16_sampler_is_scored_by_the_policy():
 # ---- warm-up -------------------------------------------------------------------------------------
 
 def test_the_warm_up_is_supervised_learning_on_solutions(toy_data, optimizer_steps):
-    """Two steps of AdamW on the mean of -log p over all solution tokens and stop tokens of 16
-    problems (each of the 8 twice), with gradients scaled down to norm 1."""
+    """Two steps of AdamW on the mean of -log p over all tokens of the solutions of 16 problems,
+    which are all there are, and their stop tokens. Gradients are scaled down to norm 1."""
     run = a_run(tiny_model(0)[0].eval(), "--warmup-data", "toy", "--warmup-steps", 2,
                 "--warmup-learning-rate", 0.02, "--microbatch-tokens", 20)
     eapo.warm_up(run)
@@ -1016,7 +1017,7 @@ def test_the_warm_up_is_supervised_learning_on_solutions(toy_data, optimizer_ste
     batch = make_batch(prompts, solutions)
     for rate, found in list(optimizer_steps):
         optimizer.zero_grad()
-        logps = [naive(lm, batch, i)[0] for i in range(8)]
+        logps = [naive(lm, batch, i)[0] for i in range(16)]
         loss = -torch.cat(logps).mean()
         loss.backward()
         gradient = torch.cat([w.grad.flatten() for w in weights])
@@ -1096,6 +1097,7 @@ def test_a_column_is_carried_more_often_the_bigger_it_feels():
         for _ in range(4000):
             solution = eapo.column_addition(x, y, rng, letters=0)
             first, second, *_ = solution.split(" ")
+            assert first.count("+") == 1            # there is nothing to carry yet
             carried += second == "0+0+1=1"
             swapped += first.startswith(f"{y}+{x}=")
         assert carried / 4000 == approx(expected, abs=.03)
@@ -1153,6 +1155,8 @@ SOLUTIONS = """{"prompt": "1+1", "solution": "so \\\\boxed{2}"}
 
 @pytest.mark.parametrize("name, text", [
     ("a.jsonl", JSONL), ("bom.jsonl", "\ufeff" + JSONL), ("b.JSONL", SOLUTIONS),
+    ("array.json", '[{"Problem": "0", "problem": "1+1", "answer": 2},\n'
+                   '{"problem": "2+2", "answer": "4"}]'),
     ("a.csv", "question,ground_truth\n1+1,2\n2+2,4\n")])
 def test_problems_load_from_files_with_the_usual_column_names(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
@@ -1197,7 +1201,8 @@ def test_a_prompt_as_long_as_the_limit_stays_and_a_longer_one_is_left_out(tmp_pa
 
 
 @pytest.mark.parametrize("text, says", [
-    ('{"problem": "1"', "cannot use .*x.jsonl: .*JSON parse error"),
+    ('\n{"problem": "1"', "cannot use .*x.jsonl, line 2: Expecting"),
+    ('{"problem": "1", "answer": "1"}\n\n[1]\n', "line 3: not an object"),
     ('{"text": "1", "answer": "1"}\n', "has the columns text, answer: which is the problem"),
     ('{"question": "1", "prompt": "1", "answer": "1"}\n', "prompt, answer: which is the problem"),
     ('{"problem": "' + "1" * 40 + '", "answer": "1"}\n', "no prompt is within --max-prompt-tok"),
@@ -1205,7 +1210,7 @@ def test_a_prompt_as_long_as_the_limit_stays_and_a_longer_one_is_left_out(tmp_pa
     ('{"problem": "1", "answer": []}\n', "row 1: the answer is empty"),
     ('{"problem": [{"role": "user"}], "answer": "1"}\n', "row 1: the problem must be text"),
     ('{"problem": "1", "answer": "1"}\n{"problem": "2"}\n', "row 2: the answer is empty"),
-    ("", "no such file, or an empty one")])
+    ("", "no rows")])
 def test_bad_data_gets_one_line_that_says_where(tmp_path, text, says):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=says):
@@ -1799,11 +1804,8 @@ def test_a_response_that_may_end_is_not_continued_behind_its_end():
 def test_credit_is_at_most_entropy_but_for_an_error_of_one_in_n():
     """A random chain of forks: I <= H + 1/n at all places, and I < H on the whole."""
     torch.manual_seed(0)
-    names = "=01234567"
-    table = {}
-    for last in names:
-        p = (2 * torch.randn(len(names))).softmax(0).tolist()
-        table[last] = dict(zip(names[1:] + ".", p))
+    pi = (2 * torch.randn(9, 9)).softmax(1).tolist()
+    table = {last: dict(zip("01234567.", p)) for last, p in zip("=01234567", pi)}
     batch = measured(table, ["01234567", "2425", "7", "0613"], n=50)
     over = (batch.I - batch.H)[batch.mask]
     assert over.max() <= 1 / 50 and batch.I[batch.mask].sum() < .9 * batch.H[batch.mask].sum()
@@ -1832,7 +1834,7 @@ def test_a_value_that_rounding_lifts_above_1_is_still_no_doubt():
 def test_equal_beginnings_are_continued_once_and_the_work_is_bounded(capsys):
     """026 and 027 share their decisions, with six beginnings: 0, 1, 02, 03, 026 and 027. at_most=6 is
     reached with the first response, and the others are not measured."""
-    batch = measured(TOY, ["026", "027"], n=10)
+    measured(TOY, ["026", "027"], n=10)
     assert "60 continuations" in capsys.readouterr().out
     batch = measured(TOY, ["026", "027", "137"], n=10, at_most=6)
     assert "60 continuations" in capsys.readouterr().out
@@ -1864,13 +1866,12 @@ def test_the_problems_with_the_most_doubt_are_chosen_once(monkeypatch):
 
 def test_every_token_of_an_addition_has_a_kind():
     """o: which digit comes first, c: carry or not, l: chatter, the rest is routine."""
+    def kinds(tokens):
+        short = {"order": "o", "carry": "c", "letter": "l", "rest": "."}
+        return "".join(short[kind] for kind in eapo.addition_kinds(tokens))
     tokens = list("9+0=9 7+4=11 1+7+1=9 ") + ["\\boxed{"] + list("919}") + ["<eos>"]
-    short = {"order": "o", "carry": "c", "letter": "l", "rest": "."}
-    kinds = "".join(short[kind] for kind in eapo.addition_kinds(tokens))
-    assert kinds == "o.....o..c...o..c...." + "......"
-    tokens = list("9+0=9kcm 7+4=11pba ")
-    kinds = "".join(short[kind] for kind in eapo.addition_kinds(tokens))
-    assert kinds == "o....lll.o..c..lll."
+    assert kinds(tokens) == "o.....o..c...o..c...." + "......"
+    assert kinds("9+0=9kcm 7+4=11pba ") == "o....lll.o..c..lll."
 
 
 def test_chatter_has_the_sums_of_addition_and_fits_into_the_response():
@@ -1915,7 +1916,7 @@ def a_page(tmp_path, text, *flags):
     group.reward = torch.where(group.right, 1., -1.)
     group.advantage = eapo.group_advantages(group.reward, 4)
     group.V = group.I = torch.full((4, 3), torch.nan)
-    group.I[:2] = group.V[:2] = .1
+    group.I[:2] = group.V[:2] = .1 * group.mask[:2]
     eapo.show_responses(run, 0, eapo.Problem(text), group)
     scores = {"avg_low": .1, f"avg@{cfg.eval_samples}": .2, "avg_high": .3, "entropy": .4}
     eapo.write_page(run, 0, {f"eval/{text}/{key}": x for key, x in scores.items()})
@@ -1939,14 +1940,21 @@ def test_the_page_runs_no_script_and_needs_nothing_from_elsewhere(tmp_path):
 
 
 def test_the_page_shows_entropy_true_credit_and_the_credit_of_both_rules(tmp_path):
-    """One right response and two wrong ones are shown, 3 + 2 + 2 tokens. I was measured in the first
-    two. A = 3/2 and -1/2."""
-    tags = a_page(tmp_path, "x", "--method", "forking", "--offload")
-    assert tags.split("</code>")[0].endswith("--method forking --offload")
-    assert "−" in tags and "1 times as high" in tags
-    assert tags.count("<span") == 7 and tags.count('<i class="I"') == 5
-    assert tags.count('class="grpo up"') == 3 and tags.count('class="grpo down"') == 4
-    assert "GRPO 1.500" in tags and "FORKING 0.000" in tags and "I 0.100" in tags
+    """One right response and three wrong ones, 3 + 2 + 2 + 3 tokens. I was measured in the first
+    two. A = 3/2 and -1/2; with EAPO a tenth more or less at most."""
+    page = a_page(tmp_path, "x", "--method", "forking", "--offload")
+    assert page.split("</code>")[0].endswith("--method forking --offload")
+    assert page.count("<span") == 10
+    assert page.count('<i class="I up"') == page.count("I 0.100") == 5
+    forks = sum(text.count('class="fork"') for text in page.split("<pre>")[1:3])
+    assert f"of 0.25 nats of true credit per response, they hold {.05 * forks:.2f}." in page
+    for rule in ("grpo", "eapo"):
+        assert page.count(f'<i class="{rule} up"') == 3
+        assert page.count(f'<i class="{rule} down"') == 7
+    assert page.count("GRPO 1.500") == 3 and page.count("GRPO -0.500") == 7
+    credit = [float(x) for x in re.findall(r"EAPO (\S+\d)", page)]
+    sizes = [abs(x) / (1.5 if x > 0 else 0.5) for x in credit]
+    assert len(sizes) == 10 and .899 < min(sizes) < 1 < max(sizes) < 1.101
 
 
 def test_a_run_leaves_its_page_after_step_0_and_a_table_of_credit_at_both_ends(tmp_path, capsys,
@@ -1980,8 +1988,8 @@ def has_odd_length(text):
     return len(text) % 2 == 1
 
 
-def has_two_sevens(text):
-    return "77" in text
+def has_two_eights(text):
+    return "88" in text
 
 
 def toy_task(rule, interrupt=None, at_call=0):
@@ -1990,11 +1998,11 @@ def toy_task(rule, interrupt=None, at_call=0):
     The process sends itself the signal `interrupt` when it marks its training response number
     `at_call`, so a test knows the step in which that happens.
     """
-    calls = itertools.count(1)
+    calls = itertools.count(1 - 2 * 64)     # the sanity check marks each problem twice
 
     def problems_of(split):
         def check(text, answer):
-            if split == "train" and next(calls) == at_call:
+            if interrupt and split == "train" and next(calls) == at_call:
                 os.kill(os.getpid(), interrupt)
             return rule(text)
         problems = eapo.addition(split)[:64]
@@ -2218,42 +2226,6 @@ def test_on_a_terminal_tokens_have_the_colours_of_their_quadrants(monkeypatch):
 
 # ---- a step and its metrics ----------------------------------------------------------------------
 
-def test_the_metrics_of_a_step_worked_by_hand():
-    """Responses of 2, 1, 2 and 1 tokens to two problems. The second group, all wrong, is dropped:
-    it counts in what was sampled, not in what was learned from. Two updates, one clipped token."""
-    run = a_run(None, "--group-size", 2)
-    batch = eapo.make_batch([[5]] * 4, [[6, 6], [6], [6, 6], [6]])
-    batch.H = torch.tensor([[1., .5], [.25, 0], [2, 2], [4, 0]])                # 9.75 nats
-    batch.credit = torch.tensor([[1.5, .5], [-1, 0], [9, 9], [9, 0]])
-    batch.quadrant = torch.tensor([[1, 2], [3, 0], [4, 3], [4, 0]])
-    batch.right = torch.tensor([True, False, False, False])
-    batch.reward = torch.tensor([.5, -1, -1, -1])
-    batch.kept = torch.tensor([True, True, False, False])
-    batch.ended = torch.tensor([True, True, False, True])
-    batch.gap = torch.tensor([.1, .2, .2, .1])
-    run.world.clock.update(sample=3.0, update=1.0)
-    sums = {"loss": .6, "grad_norm": 4.0, "clipped": 1, "updates": 2}
-    found = eapo.measure(run, batch, sums)
-    want = {"reward": -.625, "solve_rate": .25, "entropy": 9.75 / 6, "response_tokens": 6,
-            "response_length": 1.5, "truncated": .25, "groups": 2, "groups_all_right": 0,
-            "groups_all_wrong": 1, "loss": .3, "grad_norm": 2, "clip_fraction": 1 / 3,
-            "sampler_gap": .1, "seconds_sample": 3, "seconds_score": 0, "seconds_update": 1,
-            "tokens/PHR": 1 / 3, "tokens/PLR": 1 / 3, "tokens/NLR": 1 / 3, "tokens/NHR": 0,
-            "advantage/PHR": .5, "advantage/PLR": 1 / 6, "advantage/NLR": 1 / 3,
-            "advantage/NHR": 0, "peak_memory_bytes": 0}
-    assert {name: found[name] for name in want} == pytest.approx(want, abs=1e-5)
-    assert found["seconds"] >= 4
-    assert found["tokens_per_second"] * found["seconds"] == pytest.approx(6, abs=1e-3)
-
-    batch.right = torch.tensor([True, True, False, False])
-    batch.kept = torch.zeros(4, dtype=torch.bool)           # a step without an update
-    found = eapo.measure(run, batch, dict.fromkeys(sums, 0))
-    assert found["groups_all_right"] == 1
-    assert found["groups_all_wrong"] == 1
-    for name in ("loss", "grad_norm", "clip_fraction", "tokens/PHR", "advantage/PHR"):
-        assert found[name] == 0
-
-
 def test_the_seconds_of_a_phase_add_up_within_a_step(monkeypatch):
     """A clock that goes on by a second whenever it is looked at."""
     seconds = itertools.count()
@@ -2421,6 +2393,7 @@ def test_the_trained_model_is_an_ordinary_folder_that_trains_on(
     before = weights_in(undisturbed)
     now = run.policy.lm.state_dict()
     for name, weight in weights_in(tmp_path / "run").items():
+        assert weight.dtype == torch.float32                # trained in fp32, and saved so
         assert weight.equal(now[name])
         assert not weight.equal(before[name])
     said = capsys.readouterr().out
@@ -2497,7 +2470,7 @@ def start(args, rule=has_odd_length, interrupt=0, at_call=0, processes=1, on=0):
         if processes > 1:                                   # what torchrun would set
             env |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank),
                     "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        call = at_call if rank == on else 0
+        call = at_call if rank == on else 10 ** 9       # never
         command = [sys.executable, __file__, "child", rule.__name__, int(interrupt), call, *args]
         process = subprocess.Popen([str(word) for word in command], env=env, text=True,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -2534,8 +2507,8 @@ def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
     args = ["--model", tmp_path / "lm", "--train-data", "addition", "--eval-data", "addition",
             "--warmup-data", "addition", "--resample", 1, "--top-p", 1, *SMALL, "--steps", 6,
             "--credit-problems", 1]
-    two = start([*args, "--offload", "--out", tmp_path / "two"], has_two_sevens, processes=2)
-    run = run_toy(monkeypatch, [*args, "--out", tmp_path / "one"], has_two_sevens)
+    two = start([*args, "--offload", "--out", tmp_path / "two"], has_two_eights, processes=2)
+    run = run_toy(monkeypatch, [*args, "--out", tmp_path / "one"], has_two_eights)
     finish(two)
     assert_same_run(tmp_path / "two", tmp_path / "one", nearly=True)
     mixed = [row["groups"] - row["groups_all_wrong"] - row["groups_all_right"]
@@ -2711,13 +2684,12 @@ def test_a_stop_asked_for_in_the_last_step_ends_the_run_as_usual(tmp_path, monke
         "config.json", "metrics.jsonl", "model", "report.html", "responses.jsonl"]
 
 
-def test_a_stop_in_the_warm_up_ends_it_without_a_model(tmp_path, monkeypatch, capsys):
+def test_a_stop_in_the_warm_up_ends_it_without_a_model(tmp_path, monkeypatch):
     monkeypatch.setitem(eapo.TASKS, "addition", toy_task(has_odd_length))
     run = eapo.open_run(parse([*SMALL, "--out", tmp_path]))
     os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="stopped in the warm-up, which cannot be resumed"):
         eapo.warm_up(run)
-    assert "stopped in the warm-up, which cannot be resumed" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["config.json", "responses.jsonl"]
 
 
@@ -2971,7 +2943,7 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path):
     (["--eval-samples", "0"], "--eval-samples must be 1 or more"),
     (["--overlong", "8"], "is a share"),
     (["--learning-rate", "-1"], "--learning-rate must be 0 or more"),
-    (["--train-data", "none.jsonl"], "none.jsonl: no such file"),
+    (["--train-data", "none.jsonl"], "cannot use none.jsonl: .*No such file"),
     (["--eval-data", "addition, addition"], "two sets addition: rename a file"),
     (["--model", "no folder"], "cannot use no folder: "),
     (["--max-response-tokens", "9999"], "reads 512 tokens, .* lower --max-response-tokens"),
@@ -3015,4 +2987,7 @@ def test_the_help_names_every_flag_and_the_defaults_of_the_model(
 
 
 if __name__ == "__main__":
-    raise SystemExit(pytest.main([__file__, *sys.argv[1:]]))
+    if sys.argv[1:2] == ["child"]:
+        child(*sys.argv[2:])
+    else:
+        raise SystemExit(pytest.main([__file__, *sys.argv[1:]]))
