@@ -1743,7 +1743,8 @@ def is_correct(response, gold):
     alternatives = gold if isinstance(gold, (list, tuple)) else [gold]
     for alternative in alternatives:
         text = str(alternative)
-        if isinstance(alternative, float):           # 142.0 is an integer, not a rounded number
+        # 142.0 is an integer, not a rounded number
+        if isinstance(alternative, float):
             text = text.removesuffix(".0")
         if same_answer(answer, extract_answer(text) or text):
             return True
@@ -1825,7 +1826,8 @@ def same_meaning(ours, gold):
     gold_value = without_name(gold, other=[])
     if any(map(is_variable, gold_value)):
         gold_value = without_name(gold, ours)
-    if not any("_" in token for token in answer):    # 204 is 204_5
+    # 204 is 204_5
+    if not any("_" in token for token in answer):
         gold_value = [t.partition("_")[0] if t[0] in DIGITS else t for t in gold_value]
 
     try:
@@ -1835,7 +1837,8 @@ def same_meaning(ours, gold):
             if values_agree(read_answer(answer, whole), read_answer(gold_value, whole), slack):
                 return True
     except (ArithmeticError, ValueError, TypeError, RecursionError):
-        pass                                         # unreadable, or a list in place of a number
+        # unreadable, or a list in place of a number
+        pass
     return False
 
 
@@ -1853,7 +1856,8 @@ def without_name(tokens, other):
         rest.append(token)
         if rest[-size:] == name:
             del rest[-size:]
-    is_equation = is_variable(name[0]) and name[0] in rest       # x = 5x
+    # x = 5x
+    is_equation = is_variable(name[0]) and name[0] in rest
     return tokens if is_equation or not rest else rest
 
 
@@ -1906,7 +1910,8 @@ def values_agree(ours, gold, slack):
     kinds = {ours.kind, gold.kind}
     if kinds <= {",", r"\{}"}:
         return agree_in_any_order(ours.parts, gold.parts, slack)
-    if len(kinds) > 1 and kinds != {",", "()"}:      # (1,2) may be written 1,2
+    # (1,2) may be written 1,2
+    if len(kinds) > 1 and kinds != {",", "()"}:
         return False
     if all(values_agree(a, b, slack) for a, b in zip(ours.parts, gold.parts)):
         return True
@@ -1928,10 +1933,12 @@ def are_proportional(ours, gold):
     """Whether two relations differ by a factor, as 2x+4y=6 and x+2y=3: if left minus right does."""
     our_difference = [left - right for left, right in zip(*ours.parts)]
     difference = [left - right for left, right in zip(*gold.parts)]
-    if is_constant(difference):                      # 2=3 is no equation
+    # 2=3 is no equation
+    if is_constant(difference):
         return False
     ratio = [our / other for our, other in zip(our_difference, difference)]
-    if ratio[0] == 0 or ours.kind not in "=≠" and ratio[0].real < 0:     # -x > 3 is not x > 3
+    # -x > 3 is not x > 3
+    if ratio[0] == 0 or ours.kind not in "=≠" and ratio[0].real < 0:
         return False
     return values_agree(ratio, constant_number(ratio[0]), 0)
 
@@ -1957,10 +1964,13 @@ def scan_tokens(text, separators, is_prose):
             tokens.append(number)
             continue
 
-        letters = ascii_letters + "/" if is_prose else ascii_letters         # km/h is a word
-        run = run_in_front(text, letters) or text[0]                         # abc, or +
+        # km/h is a word
+        letters = ascii_letters + "/" if is_prose else ascii_letters
+        # abc, or +
+        run = run_in_front(text, letters) or text[0]
         if text[0] == "\\":
-            run += run_in_front(text[1:], ascii_letters) or text[1:2]        # \frac, \{
+            # \frac, \{
+            run += run_in_front(text[1:], ascii_letters) or text[1:2]
         text = text[len(run):]
         token = SPELLED.get(run, run)
         is_letters = token == run and run[0] in ascii_letters
@@ -1970,9 +1980,11 @@ def scan_tokens(text, separators, is_prose):
             tokens += scan_tokens(content, separators, is_prose=True)
         elif token == "_" and tokens:
             subscript, text = split_argument(text)
-            tokens[-1] += "_" + subscript                                    # a part of the name
+            # a part of the name
+            tokens[-1] += "_" + subscript
         elif token in (r"\begin", r"\end"):
-            _, text = split_argument(text)                                   # {pmatrix}
+            # {pmatrix}
+            _, text = split_argument(text)
             tokens.append(token)
         elif is_letters and (run in UNITS or is_prose and (len(run) > 1 or run in LETTER_UNITS)):
             is_name = run.isupper() and run not in CAPITAL_WORDS
@@ -1982,7 +1994,8 @@ def scan_tokens(text, separators, is_prose):
             else:
                 tokens.append('"' + word)
         elif is_letters:
-            tokens += run                                                    # a variable each
+            # a variable each
+            tokens += run
         elif token.strip() not in ("", "\\"):
             tokens.append(token)
     return tokens
@@ -1999,14 +2012,16 @@ def split_number(text, separators):
     first, *others = whole.replace("'", ",").split(",")
     sizes = {len(group) for group in others}
     is_grouped = sizes == {3} and len(first) < 4 and first[:1] != "0"
-    if not is_grouped:                               # 2004,100 is a list, and so is 27,54,108
+    # 2004,100 is a list, and so is 27,54,108
+    if not is_grouped:
         whole = first
     decimals = run_in_front(text[len(whole):], DIGITS)
     rest = text[len(whole + decimals):]
     number = whole.replace(",", "").replace("'", "") + decimals
 
     exponent = run_in_front(rest[1:], digits + "+-")
-    is_clear = decimals or exponent.isdecimal() or len(exponent) > 2     # 3e-5 is 3 e - 5
+    # 3e-5 is 3 e - 5
+    is_clear = decimals or exponent.isdecimal() or len(exponent) > 2
     if rest[:1] == "e" and is_clear and 0 < len(exponent) < 5:
         number += "e" + exponent
         rest = rest[1 + len(exponent):]
@@ -2079,13 +2094,15 @@ def read_signed(stack, floor):
     token = stack[-1]
     if token in ("+", "-"):
         stack.pop()
-        value = read_expression(stack, max(floor, SUM_STRENGTH))      # -2^2 is -(2^2)
+        # -2^2 is -(2^2)
+        value = read_expression(stack, max(floor, SUM_STRENGTH))
         return compute_number(ARITHMETIC[token], constant_number(0), value)
     value = read_operand(stack)
     if token.isdecimal() and stack[-1] == r"\frac" and floor <= FACTOR_STRENGTH:
         part = read_operand(stack)
         is_exact = is_constant(part) and type(part[0]) is Fraction
-        is_mixed = is_exact and 0 < part[0] < 1                  # 1\frac45, but not 2\frac{x}5
+        # 1\frac45, but not 2\frac{x}5
+        is_mixed = is_exact and 0 < part[0] < 1
         value = compute_number(add if is_mixed else mul, value, part)
     return value
 
@@ -2093,7 +2110,8 @@ def read_signed(stack, floor):
 def read_operand(stack):
     """The value of a number, a variable, a bracket or a function."""
     token = stack.pop()
-    letter = token.strip('"')                        # \text{(C)} is C
+    # \text{(C)} is C
+    letter = token.strip('"')
     if is_variable(letter):
         if letter in ("f", "g") and stack[-1] == "(":
             raise ValueError("a function, and not f times x")
@@ -2160,7 +2178,8 @@ def read_parts(stack, first):
     parts = [first]
     while stack[-1] == separator:
         stack.pop()
-        if stack[-1] != separator:                   # ", and" is two commas
+        # ", and" is two commas
+        if stack[-1] != separator:
             parts.append(read_expression(stack, STRENGTH[separator]))
     return Structure(separator, parts)
 
