@@ -162,9 +162,9 @@ class Config:
 
 PRESETS = {         # a model's name, or a part of it, and the settings that such a model changes
     "tiny": dict(
-        train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1400,
-        warmup_learning_rate=2e-3, steps=30, prompts_per_step=32, prompts_per_minibatch=8,
-        resample=0, learning_rate=1e-4, top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
+        train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1200,
+        warmup_learning_rate=3e-3, steps=20, prompts_per_step=32, prompts_per_minibatch=8,
+        resample=0, learning_rate=5e-4, top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
         eval_samples=8, eval_temperature=1.0, eval_top_p=1.0, credit_problems=4, save_every=0),
     "DeepScaleR-1.5B": dict(
         group_size=16, prompts_per_step=64, steps=900, max_prompt_tokens=2048,
@@ -1059,7 +1059,7 @@ def new_optimizer(run, learning_rate, beta2):
 
 
 def tiny_model(seed):
-    """A Llama of 0.4M parameters with random weights, and its tokenizer.  -> lm, tokenizer
+    """A Llama of 0.1M parameters with random weights, and its tokenizer.  -> lm, tokenizer
 
     The tokenizer's vocabulary is single characters and \\boxed{. Its chat template writes a problem
     as it is. The letters are for the task `chatter`.
@@ -1074,7 +1074,7 @@ def tiny_model(seed):
 
     torch.manual_seed(seed)
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(pieces), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+        vocab_size=len(pieces), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
         pad_token_id=0))
@@ -1290,16 +1290,18 @@ class Stream:
         self.problems = problems
         self.seed = seed
         self.position = 0
+        self.epoch = None
 
     def take(self, n):
         """The next n problems, each as (its number in the stream, the problem)."""
         taken = []
         for number in range(self.position, self.position + n):
             epoch, place = divmod(number, len(self.problems))
-            if place == 0 or not taken:
+            if epoch != self.epoch:
+                self.epoch = epoch
                 rng = random.Random(f"{self.seed}/{epoch}")
-                order = rng.sample(self.problems, len(self.problems))
-            taken.append((number, order[place]))
+                self.order = rng.sample(self.problems, len(self.problems))
+            taken.append((number, self.order[place]))
         self.position += n
         return taken
 
