@@ -1616,7 +1616,8 @@ def compare_credit(run, name, batch):
             kinds += ["all"] * len(tokens)
 
     metrics = {}
-    run.world.print(f"{responses} responses: share of tokens; H and I, nats per response; I / H")
+    run.world.print(f"true credit in {responses} responses, H and I in nats per response\n"
+                    f"  {'kind':10}    tokens         H         I       I/H")
     H = batch.H[measured]                                                       # (M,)
     I = batch.I[measured]
     for kind in dict.fromkeys(kinds + ["all"]):
