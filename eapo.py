@@ -1700,7 +1700,7 @@ SPELLINGS = {
     "*": r"\cdot \times \ast × · ⋅ ∙ ∗ •", "/": r"\div ÷ ∕ ⁄ ／", "±": r"\pm", "}": r"\}",
     "=": r"\in \approx ≈", "≠": r"\ne \neq", "<": r"\lt", "≤": r"\le \leq \leqslant", ">": r"\gt",
     "≥": r"\ge \geq \geqslant", ",": r"; and or OR \cup ∪", "(": r"\langle", ")": r"\rangle",
-    "%": r"\% percent", "°": r"\circ \degree degree degrees",
+    "%": r"\% percent pct percentage", "°": r"\circ \degree degree degrees",
     r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm",
     "": r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \large \Large \bf \mathbf
             \mathbb \boldsymbol \quad \qquad \, \; \: \! \( \) \[ \] $ \$ ~ \angle""",
@@ -1804,6 +1804,7 @@ def same_answer(prediction, gold):
 def tidy_answer(text):
     r"""The text without dollars and full stop around it, and with 1{,}234 and 1,\!234 as 1'234."""
     text = text.replace(r"\displaystyle", "").strip("$ \n").removesuffix(".")
+    text = text.replace("<=", "≤").replace(">=", "≥").replace("!=", "≠")
     return text.replace("{,}", "'").replace(r",\! ", "'").replace(r",\!", "'")
 
 

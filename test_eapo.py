@@ -1350,6 +1350,7 @@ GOLDS = r"""42 | -7 | 0 | 1000000 | 2.5 | 16.67 | \frac{3}{4} | -\frac{1}{2}
 EQUAL = pairs(r"""
     \sin x \cos 2x ~ \cos 2x \sin x ;; 0.75 ~ \frac34 ;; \dfrac{6}{8} ~ 3/4 ;; x=5 ~ 5
     \left(1,\,2\right) ~ (1, 2) ;; (x+1)^2 ~ x^2+2x+1 ;; \sec^2 y ~ \tan^2 y + 1 ;; .5 ~ 1/2
+    x <= 2 ~ x \leq 2 ;; x >= 5 ~ x \geq 5 ;; x != 3 ~ x \neq 3 ;; 28 pct ~ 28\%
     1/\sqrt2 ~ \frac{\sqrt{2}}{2} ;; x^{-1}y ~ \frac yx ;; e^{2\ln 3} ~ 9 ;; 2y = 4x + 2 ~ y=2x+1
     1,234 ~ 1234 ;; 2, 1 ~ 1,2 ;; 1+\sqrt2,\ 1-\sqrt2 ~ 1\pm\sqrt2 ;; \{2, -2\} ~ x = \pm 2
     5 \text{ cm}^2 ~ 5 ;; 25 ~ 25^{\circ}\mathrm{C} ;; \$5 ~ 5 ;; 28 ~ 28\% ;; 0.28 ~ 28\%
