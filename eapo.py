@@ -3,7 +3,7 @@
 Give a language model a problem whose answer can be checked. Let it try G times, mark each try right
 or wrong, and make the tokens of the better tries likelier. That is GRPO (group relative policy
 optimization). It gives every token of a response the same credit, although most of them were no
-decision at all: behind `3+4=` the model is sure of its `7`. EAPO (entropy-aware policy
+decision at all: after `3+4=` the model is sure of its `7`. EAPO (entropy-aware policy
 optimization; He et al. 2026, arXiv 2604.11056v1) measures how unsure the model was before each
 token, its entropy H, and gives unsure tokens a little more of the credit or of the blame, and sure
 tokens a little less.
@@ -84,7 +84,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 # --------------------------------------------------------------------------------------------------
 # Part 1. Settings. Each field of Config is also a flag of the command line. The defaults are those
-# of the paper's run of Qwen2.5-Math-7B (table 6); PRESETS says what other models change.
+# of the paper's run of Qwen2.5-Math-7B (table 6). PRESETS says what other models change; the
+# command line applies it.
 # --------------------------------------------------------------------------------------------------
 
 def flag(default, description, group=None):
@@ -107,7 +108,8 @@ class Config:
     warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
                             "supervised warm-up before RL, for models that do not know the task")
     warmup_steps: int = flag(0, "optimizer steps, with 16 solutions each; 0: no warm-up")
-    warmup_learning_rate: float = flag(1e-5, "rises over 20 steps and falls over the last 30%")
+    warmup_learning_rate: float = flag(1e-5, "its peak; rises over 20 steps, falls over the last "
+                                             "30%")
 
     steps: int = flag(220, "RL steps: each samples a batch and learns from it", "the batch")
     prompts_per_step: int = flag(512, "groups to learn from in a step; fewer if --resample rounds "
@@ -127,7 +129,7 @@ class Config:
     method: str = flag("eapo", "rule of credit: eapo, grpo, forking, entroadv or w-reinforce; dapo "
                                "is grpo with --resample 2 --overlong 0.2", "credit and loss")
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives grpo's advantages")
-    phi: float = flag(2.0, "(6) |score| is at most |A| / phi; above alpha")
+    phi: float = flag(2.0, "(6) |score| is at most |A| / phi; greater than alpha")
     quadrants: str = flag("", "of PHR,PLR,NLR,NHR: credit only to tokens in these quadrants; the "
                               "mean in (2) is still over all tokens")
     without: str = flag("", "of PHR,PLR,NLR,NHR: tokens in these quadrants get A, the advantage "
@@ -242,7 +244,7 @@ def entropy_score(A, H, mask, group_size, phi):
 
 
 def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
-    """EAPO: give unsure tokens a little more of the credit or blame, and sure tokens a little less.
+    """EAPO: more credit or blame where the model was unsure, and less where it was sure.
 
         A^CA_t = A + alpha * sign(A) * score_t                                                  (7)
 
@@ -267,7 +269,7 @@ def quadrants(rewards, H, mask, group_size):
     """The paper's four kinds of token: a Positive or Negative reward, a High or Low entropy.
 
         1 PHR    right response, H >= mu_H              2 PLR    right response, H < mu_H
-        4 NHR    wrong response, H >= mu_H              3 NLR    wrong response, H < mu_H
+        3 NLR    wrong response, H <  mu_H              4 NHR    wrong response, H >= mu_H
 
     rewards (N,), above 0 for right responses, H (N, T), mask (N, T) -> (N, T) int, 0 outside the
     mask. Every response token is in exactly one quadrant, so the losses of the four add up to the
@@ -327,8 +329,9 @@ def token_weights(mask, group_size, loss_mean):
     """
     if loss_mean == "tokens":
         return mask.float()
-    tokens = mask.reshape(-1, group_size * mask.shape[1]).sum(dim=1)            # (B,)
-    tokens = tokens.repeat_interleave(group_size)[:, None]                      # (N, 1)
+    per_row = mask.sum(dim=1)                                                   # (N,)
+    per_group = per_row.reshape(-1, group_size).sum(dim=1)                      # (B,)
+    tokens = per_group.repeat_interleave(group_size)[:, None]                   # (N, 1)
     return mask / tokens
 
 
@@ -375,6 +378,7 @@ def train(cfg):
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
                 sums["loss"] += float(loss.detach())
+            # A rare large gradient must not undo the rest: its norm is cut to 1, as is usual.
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
             sums["grad_norm"] += finite(world, norm)    # or the run ends here
             sums["updates"] += 1
@@ -382,7 +386,7 @@ def train(cfg):
             run.optimizer.zero_grad()
 
         # Evaluate, and save. Watch the solve rate: the loss of a policy gradient does not measure
-        # progress, its value is near 0 by construction and only its gradient means something.
+        # progress. Its value is near 0 by construction, and only its gradient means something.
         metrics = measure(run, batch, sums)
         bar.set_postfix_str(f"solve rate {metrics['solve_rate']:.2f}, entropy "
                             f"{metrics['entropy']:.3f} nats", refresh=False)
@@ -390,7 +394,8 @@ def train(cfg):
         if run.is_due(step, cfg.eval_every) and not run.stopped:
             metrics |= evaluate(run, step)
         run.log(step, metrics)
-        if run.is_due(step, cfg.save_every) or run.stopped or cfg.resume and step == cfg.steps:
+        resumed_to_its_end = cfg.resume and step == cfg.steps          # leave no older checkpoint
+        if run.is_due(step, cfg.save_every) or run.stopped or resumed_to_its_end:
             save_checkpoint(run, step)
         if run.stopped:
             break
@@ -430,7 +435,8 @@ def eapo_credit(batch, cfg):
 
 
 def grpo_credit(batch, cfg):
-    """The same advantage for every token. With DAPO's clips and no KL term, as everywhere here."""
+    """The same advantage for every token. The clips are DAPO's and there is no KL term, as always
+    here."""
     return batch.advantage[:, None].expand(batch.H.shape)
 
 
@@ -438,8 +444,8 @@ def forking_credit(batch, cfg):
     """Credit only where H is among the highest 20% of the step (Wang et al. 2025)."""
     H = batch.H[batch.mask]
     forks = math.ceil(len(H) / 5)
-    lowest = H.topk(forks).values[-1]
-    return batch.advantage[:, None].masked_fill(batch.H < lowest, 0)
+    threshold = H.topk(forks).values[-1]
+    return batch.advantage[:, None].masked_fill(batch.H < threshold, 0)
 
 
 def entroadv_credit(batch, cfg):
@@ -483,11 +489,11 @@ class Run:
     stopped: bool = False       # by a signal
 
     def is_due(self, step, every):
-        """Whether it is time for what is done every so many steps (0: never) and after the last."""
+        """True every so many steps (0: never), and after the last step."""
         return every > 0 and (step % every == 0 or step == self.cfg.steps)
 
     def log(self, step, metrics):
-        """Add a step to history and metrics.jsonl; after the first, warn of what may be wrong."""
+        """Add a step to history and metrics.jsonl; after step 1, warn of likely mistakes."""
         self.history.append({"step": step, **metrics})
         if self.world.rank == 0:
             with open(f"{self.out}/metrics.jsonl", "a") as file:
@@ -524,9 +530,9 @@ class Batch:
     credit: torch.Tensor = None     # (N, T) what the loss takes as A: A^CA, or another rule's
     quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside the mask
     weight: torch.Tensor = None     # (N, T) what each token counts in the loss
-    V: torch.Tensor = None          # (N, T) chance before each token to be right, measured: part 8
+    V: torch.Tensor = None          # (N, T) measured chance, before each token, to be right: part 8
     I: torch.Tensor = None          # (N, T) true credit: what the token tells about that, nats
-    true_advantage: torch.Tensor = None     # (N, T) V behind the token minus V before it
+    true_advantage: torch.Tensor = None     # (N, T) V after the token minus V before it
 
     @property
     def mask(self):
@@ -541,7 +547,7 @@ class Batch:
         return Batch(**{name: f(name, x) for name, x in known.items()})
 
     def rows(self, index):
-        """The Batch of some rows (indices, a slice, or True and False), cut to its longest row."""
+        """The Batch of some rows (indices, a slice or a boolean mask), cut to its longest row."""
         few = self.apply(lambda name, x: x[index])
         L = max((few.prompt_len + few.response_len).tolist(), default=0)
         T = few.mask.shape[1]
@@ -596,8 +602,8 @@ def collect_rollouts(run):
     rounds = []
     missing = cfg.prompts_per_step
     while missing > 0 and len(rounds) <= cfg.resample:
-        problems = run.stream.take(missing)
-        batch = sample_and_mark(run, problems, "train", cfg.group_size, cfg.temperature, cfg.top_p)
+        numbered = run.stream.take(missing)
+        batch = sample_and_mark(run, numbered, "train", cfg.group_size, cfg.temperature, cfg.top_p)
         right = batch.right.reshape(-1, cfg.group_size)                         # (B, G)
         mixed = right.any(dim=1) & ~right.all(dim=1)                            # (B,)
         batch.kept = mixed.repeat_interleave(cfg.group_size)                    # (N,)
@@ -700,7 +706,8 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
     """G responses to each prompt -> a Batch of N rows with old_logp, H and ended.
 
     A token is drawn with a random number that depends on its prompt's seed, its try and its place
-    alone, so responses depend neither on the number of slots or processes nor on one another.
+    alone. So, up to rounding, responses depend neither on the number of slots or processes nor on
+    one another.
     """
     device = lm.device
     G = group_size
@@ -709,8 +716,8 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
     room = max((len(prompt) for prompt in prompts), default=0) + max_tokens
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
-    # What is kept of each response. Row N is scrap paper for idle slots, which are computed like
-    # the others, because every decode step has the same shapes.
+    # What is kept of each response. Row N is scrap paper for idle slots: they are computed with
+    # the others, which is simpler than taking them out.
     tokens = torch.zeros(N + 1, max_tokens, dtype=torch.long, device=device)
     logp = torch.zeros(N + 1, max_tokens, device=device)
     H = torch.zeros(N + 1, max_tokens, device=device)
@@ -723,8 +730,8 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
     # What each slot is doing.
     response = torch.full((slots,), N, device=device)   # the row above that it fills; N: idle
     t = torch.zeros(slots, dtype=torch.long, device=device)         # tokens in that row so far
-    newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next, and
-    place = torch.zeros(slots, dtype=torch.long, device=device)     # where it stands in the slot
+    newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next
+    place = torch.zeros(slots, dtype=torch.long, device=device)     # and its place in the slot
     cache = transformers.Cache(layers=[])
 
     waiting = list(range(len(prompts)))
@@ -742,7 +749,7 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
                 newest[group] = prompts[i][-1]
                 place[group] = len(prompts[i]) - 1
 
-        # When nothing waits any more, give up idle slots; not one by one, for it copies the cache.
+        # When nothing waits any more, give up idle slots; several at once, as this copies the cache.
         busy = (response < N).nonzero()[:, 0]
         if not waiting and len(busy) <= 0.8 * len(response):
             response = response[busy]
@@ -753,8 +760,8 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
                 layer.keys = layer.keys[busy]
                 layer.values = layer.values[busy]
 
-        # Decode: one more token in every slot. (On a GPU, Python's launches of kernels take most of
-        # the time of this step; recording it as a CUDA graph would belong here.)
+        # Decode: one more token in every slot. (On a GPU, most of this time goes into launching
+        # kernels one by one. A CUDA graph would belong here, with `width` fixed.)
         width = int(place.max()) + 1                    # no slot is filled further
         for layer in cache.layers:
             layer.place = place
@@ -775,7 +782,7 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
         place = place.masked_fill(over, 0)              # an idle slot stays where it is
         t = t.masked_fill(over, 0)
 
-    # All that was kept, without the scrap row and cut to the longest response.
+    # What was kept, without the scrap row, cut to the longest response.
     rows = zip(tokens.tolist(), length[:N].tolist())
     responses = [row[:n] for row, n in rows]
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
@@ -810,8 +817,8 @@ class SlotLayer(transformers.cache_utils.DynamicLayer):
 
 def prefill(lm, prompts, group_size, cache, to, slots, room):
     """Read n prompts, each once, and copy its keys and values into G slots of `to`, (n * G,)."""
-    # Padded on the right, and no mask: attention is causal, so no token sees the padding behind it,
-    # and decode steps write over the padding before a later token may look there.
+    # Padded on the right, and no mask: attention is causal, so no token sees the padding that
+    # follows it, and decode steps write over the padding before a later token may look there.
     rows = [torch.tensor(prompt) for prompt in prompts]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(lm.device)     # (n, P)
     read = transformers.DynamicCache()
@@ -912,8 +919,8 @@ class Policy(torch.nn.Module):
         ids = batch.ids                                                         # (N, L)
         mask = batch.mask                                                       # (N, T)
         if len(ids) == 0:
-            # This process has no more rows, but FSDP needs all of them to run the model equally
-            # often, so it runs on a token that nothing is made of.
+            # This process has no more rows, but under FSDP all must run the model equally often,
+            # so it runs on a dummy token whose output is not used.
             ids = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
 
         # Rows are padded on the right, where no token of a causal model can see the padding. So
@@ -956,10 +963,10 @@ def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
 
 
 def mini_batches(run, batch):
-    """This process's share of each mini-batch of kept groups, one optimizer step each; maybe empty.
+    """This process's share of each mini-batch of kept groups; it may be empty.
 
-    At most prompts_per_minibatch groups each, equally many but for one, in the order of the stream,
-    which is random.
+    Each mini-batch makes one optimizer step. They hold at most prompts_per_minibatch groups, their
+    sizes differ by at most one, and their order is that of the stream, which is random.
     """
     groups = batch.kept.nonzero().reshape(-1, run.cfg.group_size)               # (groups, G) rows
     count = math.ceil(len(groups) / run.cfg.prompts_per_minibatch)
@@ -1082,7 +1089,7 @@ def tiny_model(seed):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 6. Problems: a task that is made here, and problems from files and from the hub.
+# Part 6. Problems: generated by the program, from files and from the hub.
 # --------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -1098,7 +1105,7 @@ LETTERS = "abcdefghijklmnop"
 
 
 def column_addition(a, b, rng, letters):
-    """A worked solution by someone who has not understood carrying: for 5170 + 6749 for example
+    """A worked solution by someone who has not understood carrying, for example for 5170 + 6749:
 
         9+0=9 7+4=11 1+7=8 5+6=11 \\boxed{11819}        and with the carry  .. 7+4=11 1+7+1=9 ..
 
@@ -1153,7 +1160,7 @@ def addition_kinds(tokens):
     """
     kinds = []
     column = 0
-    place = 0                   # in the column: 3 stands behind the two digits and their +
+    place = 0                   # in the column; 3 is just after the two digits and their +
     for token in tokens:
         kind = "rest"
         if token.isalpha():
@@ -1396,7 +1403,7 @@ def interval(values):
 
 
 def measure(run, batch, sums):
-    """The metrics of a step: of all responses sampled, and of the update, which `sums` adds up.
+    """The metrics of a step: of all responses sampled, and of the update, whose totals `sums` holds.
 
     loss, grad_norm: means over the optimizer steps. clip_fraction: the share of the tokens learned
     from that the clips left without a gradient. sampler_gap: mean |log pi_sampler - log pi_old| in
@@ -1487,7 +1494,7 @@ def true_credit(run, batch, problems, at_most, n=16):
         I    = h(V(s)) - sum_v pi(v) h(V(s, v))     nats, h(x) = -x log x - (1 - x) log(1 - x)
         true advantage = V(s, o) - V(s)             of the token o that was drawn
 
-    s is a prefix, v a likely token behind it, V(s, v) the share of n continuations that are right.
+    s is a prefix, v a likely next token, V(s, v) the share of n continuations that are right.
     Once there are at_most pairs (s, v) to continue, no more responses are measured: they hold nan.
     """
     shape = batch.mask.shape
@@ -1512,10 +1519,12 @@ def true_credit(run, batch, problems, at_most, n=16):
             decisions.append((i, t, pi[tokens], beginnings, drawn))
             for beginning in beginnings:
                 value[beginning] = None
-        batch.V[i] = float(batch.right[i])              # as it is behind the last decision
+        batch.V[i] = float(batch.right[i])              # its value after the last decision
         batch.I[i] = 0
         batch.true_advantage[i] = 0
 
+    # Rounding may differ between GPUs, so all processes take the decisions of the first.
+    decisions, value = run.world.gather((decisions, value))[0]
     run.world.print(f"measuring credit: {n * len(value)} continuations")
     rests = [rest_of(run, problems[number], begun) for number, *begun in value]
     numbered = list(enumerate(rests))
@@ -1562,9 +1571,9 @@ def rest_of(run, problem, begun):
 def value_and_information(pi, values, n):
     """V(s) and I at a prefix, from pi(v) and V(s, v), (K,) both."""
     def h(x, variance):
-        # h is concave, so h of an estimate is too low, on average by variance / 2x(1 - x). Left
-        # uncorrected, I would be too high by about (1 - sum pi^2) / 2n. Up to 1 / 4n remain where
-        # V is near 0 or 1.
+        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). Left
+        # uncorrected, I would be too high by about (1 - sum pi^2) / (2 n). Where V is near 0 or 1
+        # an error of up to 1 / (4 n) remains. A single estimate of I may fall below 0.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         spread = x * (1 - x)
         return entropy + variance / (2 * spread).clamp(min=1e-9)
@@ -1580,7 +1589,8 @@ def value_and_information(pi, values, n):
 def look_closely(run, step, name, problems, batch):
     """Show a problem on the page and, at both ends of the run, measure credit in a few -> metrics
 
-    The first evaluation chooses those with about half of the responses right: there is most credit.
+    The first evaluation chooses the problems with about half of their responses right, where there
+    is most to decide.
     """
     k = run.cfg.eval_samples
     wanted = run.cfg.credit_problems
@@ -1636,15 +1646,17 @@ def compare_credit(run, name, batch):
     mixed = measured & (batch.advantage != 0)[:, None]
     credits = {method: credit_by(run, batch, method) for method in CREDIT_RULES}
     credits["eapo, 1.9"] = credit_by(run, batch, "eapo", alpha=1.9, phi=2.0)
-    for method, credit in credits.items() if mixed.any() else []:
-        cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
-        run.world.print(f"  cosine of {method:12} with the true advantage {cosine:6.2f}")
-        metrics[f"credit/cosine/{method}"] = cosine
+    if mixed.any():
+        for method, credit in credits.items():
+            cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
+            run.world.print(f"  cosine of {method:12} with the true advantage {cosine:6.2f}")
+            metrics[f"credit/cosine/{method}"] = cosine
     return rounded(metrics)
 
 
 def credit_by(run, batch, method, **changes):
-    """What a rule of credit gives the tokens of an evaluation, whose groups are of eval_samples."""
+    """What a rule of credit gives the tokens of an evaluation, whose groups have eval_samples rows.
+    """
     settings = asdict(run.cfg) | {"group_size": run.cfg.eval_samples} | changes
     credit = CREDIT_RULES[method](batch, SimpleNamespace(**settings))
     return credit.masked_fill(~batch.mask, 0)
@@ -1680,7 +1692,7 @@ def credit_by(run, batch, method, **changes):
 #     argument = operand | digit                      \frac12 is 1/2
 #
 # Ignored are spaces, dollars, sizes and fonts, a full stop at the end, the order of lists and sets,
-# a name in front (AB = 5, f(x) = 2x), units behind (in \text{}, or bare ones from a list), degrees,
+# a name in front (AB = 5, f(x) = 2x), units at the end (in \text{}, or bare ones from a list), degrees,
 # and a base that only the gold states (204_5). Not ignored are the order in points, the kind of
 # brackets, repeated elements, other letters (4abcd is a product), and a variable that cancels (5+0x
 # is not 5). Variables stand for positive numbers: \sqrt{x^2} is x.
@@ -2189,7 +2201,7 @@ def read_parts(stack, first):
 
 
 def skip_unit(stack, value):
-    """Take a unit and its exponent away. It must stand behind a number, and nothing behind it."""
+    """Take a unit and its exponent away. It must follow a number, and nothing may follow it."""
     unit = stack.pop()
     if stack[-1] == "^":
         stack.pop()
@@ -2347,7 +2359,7 @@ class World:
             unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             return torch.cuda.mem_get_info()[0] + unused
         if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-            return math.inf                             # Windows does not tell
+            return math.inf                             # Windows has no sysconf
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / self.size
 
     def print(self, text):
@@ -2524,8 +2536,8 @@ def check_memory(cfg, world):
 def shard(policy, world, offload):
     """Cut the fp32 weights of the policy over the processes, layer by layer (FSDP2).
 
-    A layer is put together, in bf16 on GPUs, only while it computes. On GPUs what it computes is
-    forgotten, and computed again in backward.
+    A layer is put together, in bf16 on GPUs, only while it computes. On GPUs its activations are
+    not kept, but computed again in backward.
     """
     if not world.sharded:
         return policy.to(world.device)
@@ -2682,7 +2694,7 @@ def load_checkpoint(run):
     run.done = state["step"]
     run.page = json.loads(state["page"])
 
-    # The steps behind the checkpoint will be done again: take them out of the logs.
+    # The steps after the checkpoint will be done again: take them out of the logs.
     for name in ("responses.jsonl", "metrics.jsonl"):
         path = f"{run.out}/{name}"
         with open(path, "a+", encoding="utf-8") as file:
