@@ -148,9 +148,8 @@ class Config:
     eval_samples: int = flag(4, "responses per problem: the k of Avg@k and Pass@k")
     eval_temperature: float = flag(0.6, "of sampling in evaluations; 0: greedy")
     eval_top_p: float = flag(0.95, "of sampling in evaluations")
-    credit_problems: int = flag(0, "held-out problems in which true credit is measured, at "
-                                   "both ends of the run, with about 1600 continuations each at "
-                                   "most (part 8)")
+    credit_problems: int = flag(0, "held-out problems in which true credit is measured, at both "
+                                   "ends of the run, with some 1600 continuations each (part 8)")
     eval_only: bool = flag(False, "only evaluate, for instance with --model FOLDER/model")
 
     gpus: int = flag(0, "GPUs of this machine to use; 0: all", "the machine")
@@ -627,9 +626,10 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     names = [f"{cfg.seed} {name} {number}" for number, _ in mine]
     seeds = [crc32(text.encode()) for text in names]
     lm = fill_sampler(run)
-    slots = slots_that_fit(lm, cfg, world.free_memory())
-    batch = generate(lm, prompts, samples, cfg.max_response_tokens, temperature, top_p,
-                     run.stop_ids, seeds, slots)
+    limits = [problem.limit or cfg.max_response_tokens for _, problem in mine]
+    results = 20 * samples * sum(limits)                # bytes that `generate` keeps of them
+    slots = slots_that_fit(lm, cfg, world.free_memory() - results)
+    batch = generate(lm, prompts, samples, limits, temperature, top_p, run.stop_ids, seeds, slots)
 
     # The loss compares pi_theta with pi_old, so both must come from the same computation. A bf16
     # copy with a KV cache rounds differently from the policy, which therefore scores the responses.
@@ -701,9 +701,11 @@ def score(run, batch, temperature):
 #     slot 3   . . . . . . .          .   left over from an earlier response, never looked at
 
 @torch.no_grad()
-def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, seeds,
+def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seeds,
              slots_at_most=512):
     """G responses to each prompt -> a Batch of N rows with old_logp, H and ended.
+
+    limits: how many tokens a response to each prompt may have.
 
     A token is drawn with a random number that depends on its prompt's seed, its try and its place
     alone. So, up to rounding, responses depend neither on the number of slots or processes nor on
@@ -713,7 +715,8 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
     G = group_size
     N = len(prompts) * G
     slots = min(N, max(1, slots_at_most // G) * G)
-    room = max((len(prompt) for prompt in prompts), default=0) + max_tokens
+    room = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
+    max_tokens = max(limits, default=0)
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
     # What is kept of each response. Row N is scrap paper for idle slots: they are computed with
@@ -722,6 +725,9 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
     logp = torch.zeros(N + 1, max_tokens, device=device)
     H = torch.zeros(N + 1, max_tokens, device=device)
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
+    limit = torch.ones(N + 1, dtype=torch.long)
+    limit[:N] = torch.tensor(limits, dtype=torch.long).repeat_interleave(G)
+    limit = limit.to(device)
     u = torch.zeros(N + 1, max_tokens)                                          # random numbers
     for rows, seed in zip(u.split(G), seeds):
         rows.uniform_(generator=torch.Generator().manual_seed(seed))
@@ -739,7 +745,8 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
         # Prefill. It gives no logits: the first decode step reads the last prompt token again,
         # writes the same key and value, and draws from there.
         free = (response == N).nonzero()[:, 0]
-        n = min(len(free) // G, len(waiting))
+        at_once = max(1, 16384 // room)                 # prompts to read together: memory
+        n = min(len(free) // G, len(waiting), at_once)
         if n > 0:
             new = waiting[:n]
             waiting = waiting[n:]
@@ -749,7 +756,7 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
                 newest[group] = prompts[i][-1]
                 place[group] = len(prompts[i]) - 1
 
-        # When nothing waits any more, give up idle slots; several at once, as this copies the cache.
+        # When nothing waits any more, give up idle slots, several at once: it copies the cache.
         busy = (response < N).nonzero()[:, 0]
         if not waiting and len(busy) <= 0.8 * len(response):
             response = response[busy]
@@ -777,18 +784,18 @@ def generate(lm, prompts, group_size, max_tokens, temperature, top_p, stop_ids, 
         newest = token
         place = place + 1
         t = t + 1
-        over = torch.isin(token, stop) | (t == max_tokens) | (response == N)
+        over = torch.isin(token, stop) | (t == limit[response]) | (response == N)
         response = response.masked_fill(over, N)
         place = place.masked_fill(over, 0)              # an idle slot stays where it is
         t = t.masked_fill(over, 0)
 
     # What was kept, without the scrap row, cut to the longest response.
-    rows = zip(tokens.tolist(), length[:N].tolist())
-    responses = [row[:n] for row, n in rows]
+    tokens = tokens.cpu()
+    responses = [tokens[i, :n].tolist() for i, n in enumerate(length[:N].tolist())]
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
     T = batch.mask.shape[1]
-    batch.old_logp = logp[:N, :T].cpu()
-    batch.H = H[:N, :T].cpu()
+    batch.old_logp = logp[:N, :T].cpu().clone()         # no view: processes exchange whole tensors
+    batch.H = H[:N, :T].cpu().clone()
     batch.ended = torch.tensor([row[-1] in stop_ids for row in responses]).bool()
     return batch
 
@@ -1098,6 +1105,7 @@ class Problem:
     answer: object = None       # the gold answer, or a list of alternatives
     solution: str = ""          # a worked solution, for the warm-up only
     check: object = None        # (text of a response, answer) -> bool; None: the verifier
+    limit: int = None           # of response tokens; None: --max-response-tokens
     ids: list = None            # the prompt as tokens
 
 
@@ -1320,8 +1328,8 @@ class Stream:
 def evaluate(run, step):
     """Sample and mark the problems of every evaluation set -> {"eval/NAME/avg@k": ..., ...}.
 
-    The random numbers are the same every time, so two evaluations differ by the model alone. Every
-    response goes into responses.jsonl.
+    The random numbers are the same every time, so two evaluations differ by the model alone, up to
+    rounding. Every response goes into responses.jsonl.
     """
     cfg = run.cfg
     k = cfg.eval_samples
@@ -1403,7 +1411,7 @@ def interval(values):
 
 
 def measure(run, batch, sums):
-    """The metrics of a step: of all responses sampled, and of the update, whose totals `sums` holds.
+    """The metrics of a step: of all responses sampled, and of the update, with totals in `sums`.
 
     loss, grad_norm: means over the optimizer steps. clip_fraction: the share of the tokens learned
     from that the clips left without a gradient. sampler_gap: mean |log pi_sampler - log pi_old| in
@@ -1456,7 +1464,7 @@ def write_responses(run, step, name, problems, batch):
         for i, text in enumerate(texts(run, batch)):
             number = int(batch.number[i])
             problem = problems[number]
-            H = batch.H[i][batch.mask[i]]                                       # (tokens,)
+            H = batch.H[i, :int(batch.response_len[i])]                         # (tokens,)
             row = {"step": step, "set": name, "number": number, "problem": problem.problem,
                    "answer": problem.answer, "right": bool(batch.right[i]), "tokens": len(H),
                    "ended": bool(batch.ended[i]), "entropy": round(float(H.mean()), 6),
@@ -1560,12 +1568,14 @@ def rest_of(run, problem, begun):
     """The problem of finishing a response that begins with these tokens."""
     text = run.tokenizer.decode(begun, skip_special_tokens=True)
 
-    over = begun[-1] in run.stop_ids
+    left = run.cfg.max_response_tokens - len(begun)
+    over = begun[-1] in run.stop_ids or left <= 0       # what is sampled then is not looked at
 
     def check(rest, answer):
         check_all = problem.check or is_correct
         return check_all(text if over else text + rest, answer)
-    return Problem(problem.problem, problem.answer, check=check, ids=problem.ids + begun)
+    return Problem(problem.problem, problem.answer, check=check, ids=problem.ids + begun,
+                   limit=1 if over else left)
 
 
 def value_and_information(pi, values, n):
@@ -1607,8 +1617,8 @@ def look_closely(run, step, name, problems, batch):
     if wanted > 0 and run.cfg.eval_temperature > 0 and step in (0, run.cfg.steps):
         true_credit(run, few, problems, at_most=100 * wanted)
         metrics = compare_credit(run, name, few)
-    first = int(few.number[0])
-    show_responses(run, step, problems[first], few.rows(slice(0, k)))
+    first = run.page["problems"][0]
+    show_responses(run, step, problems[first], few.rows(few.number == first))
     return metrics
 
 
@@ -2400,6 +2410,7 @@ def open_run(cfg):
         load_eval_sets(run)
     if cfg.eval_only:
         problems = sum(run.eval_sets.values(), [])
+        require(problems, "--eval-only needs --eval-data")
     else:
         problems = load_problems(run, cfg.train_data, "train")
         run.stream = Stream(problems, cfg.seed)
@@ -2496,7 +2507,7 @@ def sampling_error(lm):
     """
     V = len(lm.get_output_embeddings().weight)
     ids = [V * k // 12 for k in range(1, 12)]           # from all over the vocabulary
-    batch = generate(lm, [ids[:3], ids[3:]], group_size=2, max_tokens=5, temperature=1.0,
+    batch = generate(lm, [ids[:3], ids[3:]], group_size=2, limits=[5, 5], temperature=1.0,
                      top_p=1.0, stop_ids=[], seeds=[0, 1])
     scored, _ = Policy(lm)(batch, 1.0)                                          # (4, 5)
     plain = torch.zeros_like(scored)
@@ -2523,14 +2534,15 @@ def check_memory(cfg, world):
     if cfg.offload and world.device.type == "cuda":
         state = 0                                       # in host memory
     copy = (2 if world.bf16 else 4) * parameters * world.sharded
+    while_sampling = copy + (state if cfg.eval_only else state * 12 / 16)   # without gradients
     free = world.free_memory()
     millions = parameters / 1e6
     GB = [round(x / 1e9, 2) for x in (state, copy, free)]
     world.print(f"{cfg.model}: {millions:.1f}M parameters on {world.size} x {world.device.type}. "
                 f"GB per process: {GB[0]} for weights, gradients and moments, {GB[1]} for the copy "
                 f"that samples, of {GB[2]}")
-    require(max(state, copy) < free, f"{cfg.model} does not fit: use more --gpus, --offload, or a "
-            "smaller model")
+    require(max(state, while_sampling) < free,
+            f"{cfg.model} does not fit: use more --gpus, --offload, or a smaller model")
 
 
 def shard(policy, world, offload):
@@ -2832,8 +2844,8 @@ def write_page(run, step, metrics):
     models = {which: text for which, text in models.items() if which in run.page}
     credits = {"eapo": "EAPO", "grpo": "GRPO", "gap": "EAPO − GRPO, 10 times as high"}
     replace_file(f"{run.out}/report.html", f"""{PAGE_HEAD}
-<p>{cfg.method.upper()}, step {step} of {cfg.steps}. {avg} on {shown(name)}: {first:.3f} at the
-base, {y:.3f} now; {verdict}.<br><code>{shown(command)}</code></p>
+<p>{cfg.method.upper()}, step {step} of {cfg.steps}. {avg} on {shown(name)}: {first:.3f} at
+step {scores[0][0]}, {y:.3f} now; {verdict}.<br><code>{shown(command)}</code></p>
 {radio("Responses of", models)}{radio("Credit", credits)}
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
 within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
@@ -2867,8 +2879,8 @@ def curve(title, points):
     band += [f"{step},{-low:f}" for step, low, _, _ in reversed(points)]
     return f"""<figure>{top:.2f}<svg viewBox="0 {-top:f} {last} {top:f}" preserveAspectRatio="none">
 <polygon points="{" ".join(band)}" fill="#2f7de1"/><polyline points="{" ".join(line)}"/></svg>
-<figcaption>{shown(title)}, steps 0 to {last}: {points[0][2]:.3f} &rarr; {points[-1][2]:.3f}
-</figcaption></figure>"""
+<figcaption>{shown(title)}, steps {points[0][0]} to {last}:
+{points[0][2]:.3f} &rarr; {points[-1][2]:.3f}</figcaption></figure>"""
 
 
 # --------------------------------------------------------------------------------------------------
