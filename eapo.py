@@ -2479,8 +2479,14 @@ def load_model(cfg, world):
     else:
         with one_line_errors(cfg.model):
             check_memory(cfg, world)
-            lm = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+            lm, loading = AutoModelForCausalLM.from_pretrained(
+                cfg.model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
+        # transformers would make up the weights that are missing.
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        require(not missing, f"{cfg.model} has no weights for {missing}: not a whole language model")
+        require(len(tokenizer) <= len(lm.get_input_embeddings().weight),
+                f"{cfg.model}: its tokenizer knows more tokens than its embedding")
     lm.eval()                               # no dropout
     ends = lm.generation_config.eos_token_id
     if not isinstance(ends, list):
@@ -2526,7 +2532,8 @@ def sampling_error(lm):
 def check_memory(cfg, world):
     """Say what weights, gradients and moments take, and refuse what cannot fit, before loading."""
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.model))
+        config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+        lm = AutoModelForCausalLM.from_config(config)
     parameters = sum(p.numel() for p in lm.parameters())
     # fp32 weights, and for training gradients and AdamW's two moments. Activations, KV cache and
     # logits come on top.

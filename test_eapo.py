@@ -2935,6 +2935,26 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path):
         eapo.load_model(cfg, eapo.World(cfg))
 
 
+def test_a_model_that_is_not_whole_is_refused(tmp_path):
+    """A classifier has no language-model head, which transformers would fill with random numbers.
+    And a tokenizer of 34 or more tokens does not go with an embedding of 20."""
+    lm, tokenizer = eapo.tiny_model(0)
+    lm.config.num_labels = 2
+    transformers.LlamaForSequenceClassification(lm.config).save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    cfg = parse(["--model", tmp_path / "a"])
+    lm.config.tie_word_embeddings = False
+    lm.config.save_pretrained(tmp_path / "a")
+    with pytest.raises(SystemExit, match="has no weights for lm_head.weight"):
+        eapo.load_model(cfg, eapo.World(cfg))
+    lm.config.vocab_size = 20
+    transformers.LlamaForCausalLM(lm.config).save_pretrained(tmp_path / "b")
+    tokenizer.save_pretrained(tmp_path / "b")
+    cfg = parse(["--model", tmp_path / "b"])
+    with pytest.raises(SystemExit, match="knows more tokens than its embedding"):
+        eapo.load_model(cfg, eapo.World(cfg))
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("args, says", [
