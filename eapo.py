@@ -409,7 +409,7 @@ def assign_credit(batch, cfg):
     `advantage`, `old_logp`, `H` and the other fields of the Batch are set by now, and its rows are
     all of the step's responses, those of dropped groups too. A rule of your own is a function
     like the ones below and an entry in CREDIT_RULES. Tokens without credit still count in the
-    denominator of (2).
+    denominator of (2). batch.quadrant is set here, too.
     """
     credit = CREDIT_RULES[cfg.method](batch, cfg)                               # (N, T)
     batch.quadrant = quadrants(batch.right, batch.H, batch.mask, cfg.group_size)
@@ -745,7 +745,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         # Prefill. It gives no logits: the first decode step reads the last prompt token again,
         # writes the same key and value, and draws from there.
         free = (response == N).nonzero()[:, 0]
-        at_once = max(1, 16384 // room)                 # prompts to read together: memory
+        at_once = max(1, 16384 // room)                 # bounds the memory that reading takes
         n = min(len(free) // G, len(waiting), at_once)
         if n > 0:
             new = waiting[:n]
@@ -791,7 +791,9 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
 
     # What was kept, without the scrap row, cut to the longest response.
     tokens = tokens.cpu()
-    responses = [tokens[i, :n].tolist() for i, n in enumerate(length[:N].tolist())]
+    responses = []
+    for row, n in zip(tokens[:N], length.tolist()):
+        responses.append(row[:n].tolist())
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
     T = batch.mask.shape[1]
     batch.old_logp = logp[:N, :T].cpu().clone()         # no view: processes exchange whole tensors
@@ -1551,7 +1553,11 @@ def true_credit(run, batch, problems, at_most, n=16):
 
 @torch.no_grad()
 def likely_tokens(run, batch, i):
-    """The token drawn and, of the four likeliest, those that have at least 1%.  -> pi (T, V)"""
+    """Which tokens could have stood at each place of response i?  -> pi (T, V)
+
+    pi is 0 except for the token drawn and, of the four likeliest, those with at least 1%, whose
+    probabilities are scaled to add up to 1.
+    """
     lm = fill_sampler(run)
     row = batch.rows([i]).to(lm.device)
     start = int(row.prompt_len)
@@ -1560,14 +1566,13 @@ def likely_tokens(run, batch, i):
     fourth = pi.topk(4).values[:, 3:]                                           # (T, 1)
     likely = pi >= fourth.clamp(min=0.01)
     likely.scatter_(1, row.ids[0, start:, None], True)
-    pi = pi * likely                                    # the others have 0
+    pi = pi * likely
     return (pi / pi.sum(dim=-1, keepdim=True)).cpu()
 
 
 def rest_of(run, problem, begun):
     """The problem of finishing a response that begins with these tokens."""
     text = run.tokenizer.decode(begun, skip_special_tokens=True)
-
     left = run.cfg.max_response_tokens - len(begun)
     over = begun[-1] in run.stop_ids or left <= 0       # what is sampled then is not looked at
 
@@ -1579,11 +1584,11 @@ def rest_of(run, problem, begun):
 
 
 def value_and_information(pi, values, n):
-    """V(s) and I at a prefix, from pi(v) and V(s, v), (K,) both."""
+    """V(s), and I in nats, at a prefix.  pi: pi(v), values: V(s, v), from n continuations; (K,)"""
     def h(x, variance):
-        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). Left
-        # uncorrected, I would be too high by about (1 - sum pi^2) / (2 n). Where V is near 0 or 1
-        # an error of up to 1 / (4 n) remains. A single estimate of I may fall below 0.
+        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)).
+        # Left uncorrected, I would be too high by about (1 - sum pi^2) / (2 n). Where V is near 0
+        # or 1 an error of up to 1 / (4 n) remains. A single estimate of I may fall below 0.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         spread = x * (1 - x)
         return entropy + variance / (2 * spread).clamp(min=1e-9)
@@ -1591,9 +1596,9 @@ def value_and_information(pi, values, n):
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
     variance = values * (1 - values) / n                                        # (K,)
     variance_of_V = (pi.square() * variance).sum()
-    before = h(V, variance_of_V)
-    after = (pi * h(values, variance)).sum()
-    return V, before - after
+    doubt_before = h(V, variance_of_V)
+    doubt_after = (pi * h(values, variance)).sum()
+    return V, doubt_before - doubt_after
 
 
 def look_closely(run, step, name, problems, batch):
@@ -2315,6 +2320,7 @@ class World:
         self.sharded = self.size > 1 or self.bf16
         self.microbatch_tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
         self.signalled = False
+        self.handlers = {}                              # of signals, from before the run
         self.phase = "other"
         self.start_clock()
         if self.sharded and not dist.is_initialized():
@@ -2416,7 +2422,7 @@ def open_run(cfg):
         run.stream = Stream(problems, cfg.seed)
         run.optimizer = new_optimizer(run, cfg.learning_rate, beta2=0.999)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, world.on_signal)
+            world.handlers[number] = signal.signal(number, world.on_signal)
     sanity_check(run, problems)
     return run
 
@@ -2441,8 +2447,8 @@ def close_run(run):
         run.world.print(line)
     outcome = "stopped; go on with --resume" if run.stopped else "all is in"
     run.world.print(f"{outcome} {run.out}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)        # a notebook may go on
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number, handler in run.world.handlers.items():      # as before, for a notebook that goes on
+        signal.signal(number, handler)
 
 
 def open_folder(cfg, world):
@@ -2484,7 +2490,8 @@ def load_model(cfg, world):
             tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
         # transformers would make up the weights that are missing.
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        require(not missing, f"{cfg.model} has no weights for {missing}: not a whole language model")
+        require(not missing,
+                f"{cfg.model} has no weights for {missing}: it is not a whole language model")
         require(len(tokenizer) <= len(lm.get_input_embeddings().weight),
                 f"{cfg.model}: its tokenizer knows more tokens than its embedding")
     lm.eval()                               # no dropout
@@ -2763,7 +2770,9 @@ body:has(#gap:checked) :is(.eapo, .grpo) { display: none }
 
 def shown(text):
     """Text from outside as HTML: escaped, and what cannot be printed made visible."""
-    visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    visible = ""
+    for character in str(text):
+        visible += character if character.isprintable() else ascii(character)[1:-1]
     return html.escape(visible)
 
 

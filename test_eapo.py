@@ -1869,6 +1869,22 @@ def test_the_problems_with_the_most_doubt_are_chosen_once(monkeypatch):
     assert shown[1][2] == pytest.approx([.866, .866, -.866, -.866], abs=1e-3)
 
 
+def test_a_continuation_ends_where_its_response_would():
+    """Of 6 tokens 1 is written: 5 are left. After the sixth, or after the stop token, the response
+    is over, and whatever is sampled then is not looked at."""
+    run = a_run(None, "--max-response-tokens", 6)
+    digits = run.tokenizer.convert_tokens_to_ids(list("123456"))
+    problem = Problem("1+1=", "12", check=lambda text, answer: text == answer, ids=[5])
+    rest = eapo.rest_of(run, problem, digits[:1])
+    assert rest.limit == 5
+    assert rest.ids == [5, digits[0]]
+    assert rest.check("2", "12")
+    for begun in (digits, digits[:2] + [1]):
+        rest = eapo.rest_of(run, problem, begun)
+        assert rest.limit == 1
+        assert rest.check("2", "12") == (begun[-1] == 1)
+
+
 def test_every_token_of_an_addition_has_a_kind():
     """o: which digit comes first, c: carry or not, l: chatter, the rest is routine."""
     def kinds(tokens):
@@ -2687,6 +2703,17 @@ def test_a_stop_asked_for_in_the_last_step_ends_the_run_as_usual(tmp_path, monke
     assert "all is in" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "run")) == [
         "config.json", "metrics.jsonl", "model", "report.html", "responses.jsonl"]
+
+
+def test_a_run_gives_signals_back_to_whoever_had_them(tmp_path, monkeypatch):
+    """A notebook that goes on with the run stops at Ctrl-C as before, and so does its own handler."""
+    def mine(number, frame):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, mine)
+    before = signal.getsignal(signal.SIGINT)
+    run_toy(monkeypatch, [*SMALL, "--steps", 1, "--eval-every", 0, "--out", tmp_path / "run"])
+    assert signal.getsignal(signal.SIGTERM) is mine
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_stop_in_the_warm_up_ends_it_without_a_model(tmp_path, monkeypatch):
