@@ -44,6 +44,7 @@ the reward), a KL penalty towards a reference model, and learned rewards.
 import argparse
 import cmath
 import contextlib
+import csv
 import glob
 import gzip
 import html
@@ -56,6 +57,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -79,7 +81,7 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -348,6 +350,7 @@ def train(cfg):
         load_checkpoint(run)
     else:
         warm_up(run)            # supervised, and only if the settings ask for it
+    if not run.history:
         run.log(0, evaluate(run, step=0))
 
     bar = world.bar(range(run.done + 1, cfg.steps + 1), cfg.method)
@@ -357,6 +360,8 @@ def train(cfg):
         # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
+        if run.stopped:         # by Ctrl-C, for example: the responses are not whole
+            break
 
         # Credit each response against its group, and then each token by its entropy (or by another
         # rule, if --method names one).
@@ -368,11 +373,11 @@ def train(cfg):
         world.begin("update")
         sums = Counter()        # for the metrics
         for mini in mini_batches(run, batch):
-            mini.weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)
-            total = world.sum(mini.weight.sum())        # over all processes, before any backward
-            for micro in micro_batches(run, mini):
-                logp, _ = policy(micro, cfg.temperature)                        # (n, T)
-                loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight / total, *clips)
+            weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)    # (n, T)
+            mini.weight = weight / weight.sum()         # over all processes
+            for micro in micro_batches(run, mini):      # of this process
+                logp, _ = policy(micro, cfg.temperature)                        # (m, T)
+                loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
                 (loss * world.size).backward()          # FSDP averages over processes: undo that
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -383,22 +388,22 @@ def train(cfg):
             sums["updates"] += 1
             run.optimizer.step()
             run.optimizer.zero_grad()
+        run.done = step
 
         # Evaluate, and save. Watch the solve rate: the loss of a policy gradient does not measure
         # progress. Its value is near 0 by construction, and only its gradient means something.
         metrics = measure(run, batch, sums)
-        bar.set_postfix_str(f"solve rate {metrics['solve_rate']:.2f}, entropy "
+        bar.set_postfix_str(f"solve rate {metrics['solve_rate']:.0%}, entropy "
                             f"{metrics['entropy']:.3f} nats", refresh=False)
-        run.stopped = world.asked_to_stop() and step < cfg.steps        # by Ctrl-C, for example
-        if run.is_due(step, cfg.eval_every) and not run.stopped:
+        if run.is_due(step, cfg.eval_every):
             metrics |= evaluate(run, step)
         run.log(step, metrics)
         resumed_to_its_end = cfg.resume and step == cfg.steps          # leave no older checkpoint
-        if run.is_due(step, cfg.save_every) or run.stopped or resumed_to_its_end:
-            save_checkpoint(run, step)
-        if run.stopped:
-            break
+        if run.is_due(step, cfg.save_every) or resumed_to_its_end:
+            save_checkpoint(run)
 
+    if run.stopped:
+        save_checkpoint(run)
     close_run(run)
     return run
 
@@ -484,21 +489,25 @@ class Run:
     history: list = field(default_factory=list)         # the rows of metrics.jsonl
     results: list = field(default_factory=list)         # of evaluations, as printed
     page: dict = field(default_factory=dict)            # what report.html shows, Appendix C
-    done: int = 0               # steps of the checkpoint that the run goes on from
-    stopped: bool = False       # by a signal
+    done: int = 0               # steps finished, and where a resumed run goes on from
+    stopped: bool = False       # by a signal, which all processes know of
 
     def is_due(self, step, every):
         """True every so many steps (0: never), and after the last step."""
         return every > 0 and (step % every == 0 or step == self.cfg.steps)
 
     def log(self, step, metrics):
-        """Add a step to history and metrics.jsonl; after step 1, warn of likely mistakes."""
+        """Add a step to history, metrics.jsonl and the page; warn of likely mistakes."""
+        if not metrics:
+            return
         self.history.append({"step": step, **metrics})
         if self.world.rank == 0:
             with open(f"{self.out}/metrics.jsonl", "a") as file:
                 file.write(json.dumps(self.history[-1]) + "\n")
         if step == 1:
             warn_of_first_step(self, metrics)
+        if step < self.cfg.steps:       # at the end the model is saved first: close_run
+            write_page(self)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -520,7 +529,8 @@ class Batch:
     old_logp: torch.Tensor = None   # (N, T) log-probability of each response token under pi_old
     H: torch.Tensor = None          # (N, T) entropy of pi_old before each response token, nats
     ended: torch.Tensor = None      # (N,)   True: the model stopped by itself; False: cut off
-    gap: torch.Tensor = None        # (N,)   sum over tokens of |log pi_sampler - log pi_old|, nats
+    gap: torch.Tensor = None        # (N,)   sum over tokens of |log pi_sampler - log pi_old|, nats;
+                                    #        nan where it was not measured
     number: torch.Tensor = None     # (N,)   the problem's place in its stream or evaluation set
     right: torch.Tensor = None      # (N,)   the verdict of the verifier
     reward: torch.Tensor = None     # (N,)   r
@@ -600,9 +610,13 @@ def collect_rollouts(run):
     cfg = run.cfg
     rounds = []
     missing = cfg.prompts_per_step
+    position = run.stream.position
     while missing > 0 and len(rounds) <= cfg.resample:
         numbered = run.stream.take(missing)
         batch = sample_and_mark(run, numbered, "train", cfg.group_size, cfg.temperature, cfg.top_p)
+        if run.stopped:
+            run.stream.position = position              # a resumed run does this step again
+            return None
         right = batch.right.reshape(-1, cfg.group_size)                         # (B, G)
         mixed = right.any(dim=1) & ~right.all(dim=1)                            # (B,)
         batch.kept = mixed.repeat_interleave(cfg.group_size)                    # (N,)
@@ -616,7 +630,8 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     """Several responses to each (number, problem), with their rewards -> a Batch, in that order.
 
     name: "train" or the name of an evaluation set. The random numbers of a response depend on it,
-    on the seed of the run and on the number of the problem, and on nothing else.
+    on the seed of the run and on the number of the problem, and on nothing else. If a signal cuts
+    the sampling short, run.stopped is set and there is no Batch.
     """
     cfg = run.cfg
     world = run.world
@@ -627,16 +642,31 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     seeds = [crc32(text.encode()) for text in names]
     lm = fill_sampler(run)
     limits = [problem.limit or cfg.max_response_tokens for _, problem in mine]
-    results = 20 * samples * sum(limits)                # bytes that `generate` keeps of them
-    slots = slots_that_fit(lm, cfg, world.free_memory() - results)
-    batch = generate(lm, prompts, samples, limits, temperature, top_p, run.stop_ids, seeds, slots)
+    most = samples * sum(limits)                        # tokens
+    slots = slots_that_fit(lm, cfg, world.free_memory() - 20 * most)    # bytes kept of each
+    with world.bar(None, f"sampling, {name}", total=most, unit=" tokens", delay=3) as bar:
+        def keep_on(tokens):
+            bar.update(tokens)
+            return not world.signalled
+        batch = generate(lm, prompts, samples, limits, temperature, top_p, run.stop_ids, seeds,
+                         slots, keep_on)
+    run.stopped = any(world.gather(world.signalled))
+    if run.stopped:
+        return None
 
     # The loss compares pi_theta with pi_old, so both must come from the same computation. A bf16
     # copy with a KV cache rounds differently from the policy, which therefore scores the responses.
-    sampled_logp = batch.old_logp
-    if world.bf16:
-        score(run, batch, temperature)
-    batch.gap = (sampled_logp - batch.old_logp).abs().sum(dim=1)
+    # In fp32 they agree. That is checked on the longest responses, where they would differ first.
+    batch.gap = torch.full([len(batch.ids)], torch.nan)
+    if world.bf16 or name == "train":
+        longest = batch.response_len.argsort(descending=True, stable=True)
+        rows = longest if world.bf16 else longest[:4]
+        logp, H = score(run, batch.rows(rows), temperature)                     # (rows, t)
+        t = logp.shape[1]
+        batch.gap[rows] = (logp - batch.old_logp[rows, :t]).abs().sum(dim=1)
+        if world.bf16:
+            batch.old_logp[rows, :t] = logp
+            batch.H[rows, :t] = H
     world.begin("other")
 
     batch.number = torch.tensor([number for number, _ in mine for _ in range(samples)]).long()
@@ -676,16 +706,20 @@ def texts(run, batch):
 
 @torch.no_grad()
 def score(run, batch, temperature):
-    """Replace old_logp and H of a batch by those of the policy."""
-    run.world.begin("score")
-    batch.old_logp = torch.zeros(batch.mask.shape)
-    batch.H = torch.zeros(batch.mask.shape)
-    for rows in micro_batch_rows(run, batch):
-        micro = batch.rows(rows).to(run.world.device)
-        logp, H = run.policy(micro, temperature)                                # (n, t) both
+    """log-probability of a batch's response tokens and H, under the policy.  -> (N, T) both"""
+    world = run.world
+    world.begin("score")
+    pieces = micro_batch_rows(batch.prompt_len + batch.response_len, world.microbatch_tokens)
+    most = max(world.gather(len(pieces)))
+    pieces += [torch.arange(0)] * (most - len(pieces))
+    all_logp = torch.zeros(batch.mask.shape)
+    all_H = torch.zeros(batch.mask.shape)
+    for rows in pieces:
+        logp, H = run.policy(batch.rows(rows).to(world.device), temperature)    # (n, t) both
         t = logp.shape[1]
-        batch.old_logp[rows, :t] = logp.cpu()
-        batch.H[rows, :t] = H.cpu()
+        all_logp[rows, :t] = logp.cpu()
+        all_H[rows, :t] = H.cpu()
+    return all_logp, all_H
 
 
 # ---- Sampling with slots: continuous batching, as in inference engines such as vLLM. -------------
@@ -702,10 +736,11 @@ def score(run, batch, temperature):
 
 @torch.no_grad()
 def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seeds,
-             slots_at_most=512):
+             slots_at_most=512, keep_on=None):
     """G responses to each prompt -> a Batch of N rows with old_logp, H and ended.
 
-    limits: how many tokens a response to each prompt may have.
+    limits: how many tokens a response to each prompt may have. keep_on: called with the number of
+    new tokens after every decode step; if it returns False, the responses stay as they are.
 
     A token is drawn with a random number that depends on its prompt's seed, its try and its place
     alone. So, up to rounding, responses depend neither on the number of slots or processes nor on
@@ -786,6 +821,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         t = t + 1
         over = torch.isin(token, stop) | (t == limit[response]) | (response == N)
         response = response.masked_fill(over, N)
+        if keep_on and not keep_on(len(busy)):
+            break
         place = place.masked_fill(over, 0)              # an idle slot stays where it is
         t = t.masked_fill(over, 0)
 
@@ -972,45 +1009,55 @@ def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
 
 
 def mini_batches(run, batch):
-    """This process's share of each mini-batch of kept groups; it may be empty.
+    """The kept groups in mini-batches, each of which makes one optimizer step.
 
-    Each mini-batch makes one optimizer step. They hold at most prompts_per_minibatch groups, their
-    sizes differ by at most one, and their order is that of the stream, which is random.
+    They hold at most prompts_per_minibatch groups, their sizes differ by at most one, and their
+    order is that of the stream, which is random.
     """
     groups = batch.kept.nonzero().reshape(-1, run.cfg.group_size)               # (groups, G) rows
     count = math.ceil(len(groups) / run.cfg.prompts_per_minibatch)
     for k in range(count):
         start = k * len(groups) // count
         end = (k + 1) * len(groups) // count
-        mine = run.world.share(groups[start:end])
-        yield batch.rows(mine.flatten())
+        yield batch.rows(groups[start:end].flatten())
 
 
 def micro_batches(run, batch):
-    """The batch in pieces that fit in memory, on the device that computes."""
-    for rows in micro_batch_rows(run, batch):
-        yield batch.rows(rows).to(run.world.device)
+    """This process's rows of a batch, in pieces that fit in memory, on the device that computes.
 
-
-def micro_batch_rows(run, batch):
-    """Indices of rows for each micro-batch: a list of (n,).
-
-    n * longest row is at most microbatch_tokens, unless a single row is longer. Rows are sorted by
-    length, so that neighbours are alike and little is padding.
+    All processes must run the model equally often, and in every round they wait for the largest
+    piece. So the pieces are cut for all of them together, and as small as the number of rounds
+    allows, which makes them alike. In the last round some may be empty.
     """
+    world = run.world
+    tokens = world.microbatch_tokens
     lengths = batch.prompt_len + batch.response_len                             # (N,)
+    pieces = micro_batch_rows(lengths, tokens)
+    rounds = math.ceil(len(pieces) / world.size)
+    while world.size > 1 and tokens > max(lengths):
+        tokens = int(0.9 * tokens)
+        smaller = micro_batch_rows(lengths, tokens)
+        if len(smaller) > rounds * world.size:
+            break
+        pieces = smaller
+    pieces += [torch.arange(0)] * (rounds * world.size - len(pieces))
+    for rows in pieces[world.rank::world.size]:
+        yield batch.rows(rows).to(world.device)
+
+
+def micro_batch_rows(lengths, tokens):
+    """Indices of rows for each micro-batch: a list of (n,), from rows of these lengths, (N,).
+
+    n * longest row is at most `tokens`, unless a single row is longer. Rows are sorted by length,
+    so that neighbours are alike and little is padding.
+    """
     rest = lengths.argsort(descending=True, stable=True)
     pieces = []
     while len(rest) > 0:
         longest = int(lengths[rest[0]])
-        n = max(1, run.world.microbatch_tokens // longest)
+        n = max(1, tokens // longest)
         pieces.append(rest[:n])
         rest = rest[n:]
-
-    # All processes must run the model equally often: who has less to do adds empty pieces.
-    most = max(run.world.gather(len(pieces)))
-    while len(pieces) < most:
-        pieces.append(rest)
     return pieces
 
 
@@ -1040,9 +1087,8 @@ def warm_up(run):
         falls = (1 - step / cfg.warmup_steps) / 0.3
         optimizer.param_groups[0]["lr"] = cfg.warmup_learning_rate * min(1, rises, falls)
 
-        mine = world.share([problem for _, problem in stream.take(16)])
-        batch = solution_batch(run, mine)
-        total = world.sum(batch.response_len.sum())
+        batch = solution_batch(run, [problem for _, problem in stream.take(16)])
+        total = batch.response_len.sum()
         loss_sum = 0.0
         for micro in micro_batches(run, batch):
             logp, _ = run.policy(micro, cfg.temperature)
@@ -1055,7 +1101,8 @@ def warm_up(run):
         optimizer.zero_grad()
 
         bar.set_postfix_str(f"loss {world.sum(loss_sum):.3f} nats per token", refresh=False)
-        require(not world.asked_to_stop(), "stopped in the warm-up, which cannot be resumed")
+        stopped = any(world.gather(world.signalled))
+        require(not stopped, "stopped in the warm-up, which cannot be resumed")
 
 
 def solution_batch(run, problems):
@@ -1106,6 +1153,7 @@ class Problem:
     problem: str
     answer: object = None       # the gold answer, or a list of alternatives
     solution: str = ""          # a worked solution, for the warm-up only
+    messages: list = None       # the prompt as a conversation; None: a user who asks the problem
     check: object = None        # (text of a response, answer) -> bool; None: the verifier
     limit: int = None           # of response tokens; None: --max-response-tokens
     ids: list = None            # the prompt as tokens
@@ -1203,9 +1251,9 @@ TASKS = {
     "chatter": Task(chatter, addition_kinds),
 }
 
-COLUMNS = {         # what a column may be called; its own name wins
-    "problem": ("problem", "question", "prompt"),
-    "answer": ("answer", "ground_truth", "solution"),
+COLUMNS = {         # what a column may be called, in any case; the first one that is there counts
+    "problem": ("problem", "question", "prompt", "messages"),
+    "answer": ("answer", "final_answer", "expected_answer", "ground_truth", "solution"),
     "solution": ("solution", "response", "completion"),
 }
 
@@ -1218,11 +1266,15 @@ def load_problems(run, source, split):
     if source in TASKS:
         problems = TASKS[source].problems(split)
     else:
-        with one_line_errors(source):
+        with one_line_errors(f"--{split}-data {source}"):
             rows = read_rows(source, split)
         problems = problems_from_rows(source, rows, "solution" if split == "warmup" else "answer")
-    for problem in run.world.bar(problems, f"tokens of {source}", least=5000, leave=False):
-        problem.ids = prompt_ids(run.tokenizer, str(problem.problem))
+        if len(problems) < len(rows):
+            run.world.print(f"{source}: {len(rows) - len(problems)} of {len(rows)} rows left out, "
+                            "whose solution has no \\boxed{} answer")
+    with one_line_errors(f"the chat template of {run.cfg.model}"):
+        for problem in run.world.bar(problems, f"tokens of {source}", delay=2, leave=False):
+            problem.ids = prompt_ids(run.tokenizer, problem)
 
     limit = run.cfg.max_prompt_tokens
     short = [problem for problem in problems if len(problem.ids) <= limit]
@@ -1238,47 +1290,119 @@ def problems_from_rows(source, rows, wanted):
     require(rows, f"{source}: no rows")
     columns = {}
     for role in ("problem", wanted):
-        names = [name for name in COLUMNS[role] if name in rows[0]]
-        require(names[:1] == [role] or len(names) == 1, f"{source} has the columns "
-                f"{', '.join(rows[0])}: which is the {role}? Rename it to {role}")
+        names = [name for name in COLUMNS[role] if name in plain_row(rows[0])]
+        require(names, f"{source} has no {role} among its columns "
+                f"{', '.join(map(repr, rows[0]))}: rename one to '{role}'")
         columns[role] = names[0]
+
     problems = []
     for n, row in enumerate(rows, 1):
-        values = {role: row.get(name) for role, name in columns.items()}
-        for role, value in values.items():
-            require(value not in (None, "", []), f"{source}, row {n}: the {role} is empty")
-        require(not isinstance(values["problem"], (list, dict)),
-                f"{source}, row {n}: the problem must be text; the chat template is added here")
-        problems.append(Problem(**values))
+        where = f"{source}, row {n}"
+        row = plain_row(row)
+        messages = conversation(row.get(columns["problem"]), where)
+        problem = Problem(messages[-1]["content"], messages=messages)
+        value = row.get(columns[wanted])
+        if wanted == "solution":
+            require(isinstance(value, str) and value, f"{where}: the solution must be text")
+            problem.solution = value
+        else:
+            problem.answer = gold_answer(value, where)
+            is_solution = columns[wanted] == "solution" and isinstance(problem.answer, str)
+            if is_solution and is_prose(problem.answer):
+                continue
+        problems.append(problem)
+    require(problems, f"{source}: no solution holds an answer in \\boxed{{}}")
     return problems
 
 
+def plain_row(row):
+    """A row with the names of its columns in lower case, and without verl's nesting."""
+    row = {str(name).lower(): value for name, value in row.items()}
+    if isinstance(row.get("reward_model"), dict):
+        row |= row["reward_model"]                      # which holds the ground_truth
+    return row
+
+
+def conversation(prompt, where):
+    """A prompt, which is text or chat messages -> messages, of which the last one is the user's."""
+    if isinstance(prompt, str) and prompt.strip():
+        return [{"role": "user", "content": prompt}]
+    messages = prompt if isinstance(prompt, list) else []
+    are_text = [isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages]
+    require(messages and all(are_text) and messages[-1].get("role") == "user",
+            f"{where}: the problem must be text, or messages (role, content), the user's last")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def gold_answer(value, where):
+    """The gold answer in a column: text, a number, or a list of alternatives; else an error."""
+    golds = []
+    for gold in value if isinstance(value, list) else [value]:
+        if isinstance(gold, str):
+            gold = gold.rpartition("####")[2].strip()   # GSM8K writes the answer after these
+        is_number = isinstance(gold, (int, float)) and abs(gold) < math.inf     # nan is not
+        require(is_number or isinstance(gold, str) and gold,
+                f"{where}: the answer {value!r:.60} is not text, a number or a list of these")
+        golds.append(gold)
+    require(golds, f"{where}: the answer is empty")
+    return golds if isinstance(value, list) else golds[0]
+
+
+def is_prose(solution):
+    """Whether a solution says its answer only in words, where the verifier cannot find it."""
+    return extract_answer(solution) is None and len(solution.split()) > 5
+
+
 def read_rows(source, split):
-    """The rows of a JSON, CSV or Parquet file, or of a hub data set ID[:SPLIT], as dicts."""
+    """The rows, as dicts, of a file or of a data set: a hub id, or a folder with its files, with
+    the names of a configuration and of a split if need be, ID[:CONFIG][:SPLIT]."""
     extension = source.lower().removesuffix(".gz").rpartition(".")[2]
-    if extension in ("json", "jsonl"):
-        return read_json(source)
-    if extension in ("csv", "parquet"):
+    if extension in ("json", "jsonl", "csv"):
+        # Not by `datasets`, which would turn a gold such as 2024-01-01 into a time.
+        opener = gzip.open if source.endswith(".gz") else open
+        with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
+            return read_csv(source, file) if extension == "csv" else read_json(source, file.read())
+    if extension == "parquet":
         return list(datasets.load_dataset(extension, data_files=source, split="train"))
-    name, _, named_split = source.partition(":")
-    usual_split = "test" if split == "eval" else "train"
-    return list(datasets.load_dataset(name, split=named_split or usual_split))
+
+    name, *parts = [source] if os.path.exists(source) else source.split(":")
+    if glob.glob(f"{glob.escape(name)}/state.json") or os.path.exists(f"{name}/dataset_dict.json"):
+        splits = datasets.load_from_disk(name)
+    else:
+        configs = datasets.get_dataset_config_names(name)
+        config = parts.pop(0) if parts and parts[0] in configs else None
+        splits = datasets.load_dataset(name, config)
+    if isinstance(splits, datasets.Dataset):
+        splits = {"train": splits}
+    usual = ["test", "validation"] if split == "eval" else ["train"]
+    there = [part for part in parts or usual if part in splits]
+    require(there, f"{source} has no split {(parts or usual)[0]}: name one of "
+            f"{', '.join(splits)}, as in {name}:{list(splits)[0]}")
+    return list(splits[there[0]])
 
 
-def read_json(path):
-    """The objects of a JSON file: one per line, or all in an array."""
-    # Not by `datasets`, which would turn a gold such as 2024-01-01 into a time.
-    opener = gzip.open if path.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:
-        text = file.read()
+def read_json(path, text):
+    """The objects of JSON text: one per line, or all in an array."""
     if text.lstrip().startswith("["):
-        return json.loads(text)
-    rows = []
-    for n, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            with one_line_errors(f"{path}, line {n}"):
-                rows.append(json.loads(line))
-            require(isinstance(rows[-1], dict), f"{path}, line {n}: not an object")
+        rows = json.loads(text)
+    else:
+        rows = []
+        for n, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                with one_line_errors(f"{path}, line {n}"):
+                    rows.append(json.loads(line))
+    for n, row in enumerate(rows, 1):
+        require(isinstance(row, dict), f"{path}, row {n}: not an object")
+    return rows
+
+
+def read_csv(path, file):
+    """The rows of CSV text, all of whose values are strings."""
+    rows = list(csv.DictReader(file))
+    for n, row in enumerate(rows, 1):
+        fits = None not in row and None not in row.values()
+        require(fits, f"{path}, row {n}: not as many values as columns. Put quotes around a value "
+                "that holds a comma or a new line")
     return rows
 
 
@@ -1286,15 +1410,19 @@ INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\
 
 
 def prompt_ids(tokenizer, problem):
-    """A problem as prompt tokens.
+    """The prompt of a problem as tokens.
 
     A chat template writes all that surrounds the problem, BOS included. Without one, the paper's
     instruction follows the problem, and the tokenizer adds its BOS.
     """
+    messages = problem.messages or [{"role": "user", "content": problem.problem}]
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": problem}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    ids = tokenizer(problem + INSTRUCTION).input_ids
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        require(problem.problem.strip() in text, "the chat template leaves the problem out: it "
+                f"makes {text!r:.80}. Use a model or tokenizer whose template takes plain text")
+        return tokenizer(text, add_special_tokens=False).input_ids
+    text = "\n".join(message["content"] for message in messages)
+    ids = tokenizer(text + INSTRUCTION).input_ids
     if ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
@@ -1339,6 +1467,8 @@ def evaluate(run, step):
     for name, problems in run.eval_sets.items():
         numbered = list(enumerate(problems))
         batch = sample_and_mark(run, numbered, name, k, cfg.eval_temperature, cfg.eval_top_p)
+        if run.stopped:
+            return {}
         scores = eval_metrics(batch, k, every_k=cfg.eval_only)
         for key, score in scores.items():
             metrics[f"eval/{name}/{key}"] = score
@@ -1353,7 +1483,6 @@ def evaluate(run, step):
         if name == list(run.eval_sets)[0]:
             metrics |= look_closely(run, step, name, problems, batch)
     empty_sampler(run)
-    write_page(run, step, metrics)
     return metrics
 
 
@@ -1442,7 +1571,7 @@ def measure(run, batch, sums):
         "loss": world.sum(sums["loss"]) / updates,
         "grad_norm": sums["grad_norm"] / updates,
         "clip_fraction": world.sum(sums["clipped"]) / learned_tokens,
-        "sampler_gap": batch.gap.sum() / tokens,
+        "sampler_gap": batch.gap.nansum() / batch.response_len[batch.gap.isfinite()].sum(),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "peak_memory_bytes": world.peak_memory(),
@@ -1539,6 +1668,8 @@ def true_credit(run, batch, problems, at_most, n=16):
     rests = [rest_of(run, problems[number], begun) for number, *begun in value]
     numbered = list(enumerate(rests))
     tries = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
+    if run.stopped:
+        return
     right = tries.right.reshape(-1, n).float()                                  # (beginnings, n)
     value = dict(zip(value, right.mean(dim=1)))
 
@@ -1621,6 +1752,8 @@ def look_closely(run, step, name, problems, batch):
     metrics = {}
     if wanted > 0 and run.cfg.eval_temperature > 0 and step in (0, run.cfg.steps):
         true_credit(run, few, problems, at_most=100 * wanted)
+        if run.stopped:
+            return {}
         metrics = compare_credit(run, name, few)
     first = run.page["problems"][0]
     show_responses(run, step, problems[first], few.rows(few.number == first))
@@ -1920,6 +2053,20 @@ def is_product(tokens):
         if is_looser and before not in ("(", "{", "^"):
             return False
     return True
+
+
+def answer_in_words(text):
+    """What kind of answer the verifier reads in a text, or None if it has no meaning to it."""
+    tokens = scan_tokens(tidy_answer(extract_answer(text) or text), "'", is_wordy(text))
+    try:
+        value = read_answer(tokens, "1")
+    except (ArithmeticError, ValueError, TypeError, RecursionError, IndexError):
+        return None
+    if isinstance(value, Structure):
+        return f"{value.kind} of {len(value.parts)} parts" if value.parts else value.kind
+    if is_constant(value):
+        return f"the number {value[0]}"
+    return "a formula"
 
 
 # ---- values to a verdict ----
@@ -2291,15 +2438,27 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def one_line_errors(source):
-    """Turn what goes wrong with a file, a disk or the network into one line that names it."""
+    """Turn what goes wrong with a file, a model, a disk or the network into one line."""
     try:
         yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        message = str(error) or repr(error)
-        if error.__cause__:
-            message += f" {error.__cause__}"
-        message = " ".join(message.split())[:300]
+    except (Exception, dcp.CheckpointException) as error:
+        message = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+        message = " ".join(message.split())
+        if len(message) > 400:
+            message = f"{message[:200]} .. {message[-200:]}"
+        for sign, remedy in REMEDIES.items():
+            if sign in message:
+                message = f"{remedy} ({message})"
         raise SystemExit(f"eapo: cannot use {source}: {message}") from error
+
+
+REMEDIES = {        # what an error of a library says, and what to do then
+    "header too large": "are the weights there, or do they wait for `git lfs pull`?",
+    "quantiz": "quantized weights cannot be trained: take the original model",
+    "Unrecognized model": "an adapter (LoRA) must be merged into its base model first",
+    "custom code": "code that comes with a model is never run here",
+    "No space left": "make room on the disk",
+}
 
 
 class World:
@@ -2319,7 +2478,7 @@ class World:
         self.bf16 = cuda and cfg.model != "tiny"
         self.sharded = self.size > 1 or self.bf16
         self.microbatch_tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
-        self.signalled = False
+        self.signalled = 0                              # when, if a signal has come
         self.handlers = {}                              # of signals, from before the run
         self.phase = "other"
         self.start_clock()
@@ -2370,38 +2529,48 @@ class World:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def free_memory(self):
-        """Bytes that this process may still fill, of its GPU or of its share of the machine's."""
-        if self.device.type == "cuda":
-            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            return torch.cuda.mem_get_info()[0] + unused
+        """Bytes that this process may still fill, of its GPU or, on a CPU, of the machine."""
+        if self.device.type != "cuda":
+            return self.host_memory()
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+
+    def host_memory(self):
+        """This process's share of the machine's memory, in bytes."""
         if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
             return math.inf                             # Windows has no sysconf
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / self.size
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # of this machine
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
 
     def print(self, text):
         """Print once, not once per process, and above the progress bar."""
         if self.rank == 0:
-            tqdm.write(text)
+            try:
+                tqdm.write(text)
+            except OSError:     # nobody reads: in `.. | tee log` Ctrl-C ends tee. Go on in silence.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def bar(self, items, name, least=1, **options):
-        """A progress bar over items, on the first process, if there are at least so many."""
-        return tqdm(items, desc=name, disable=self.rank > 0 or len(items) < least, **options)
+    def bar(self, items, name, **options):
+        """A progress bar over items, on the first process."""
+        return tqdm(items, desc=name, disable=self.rank > 0, dynamic_ncols=True, **options)
 
-    def on_signal(self, *_):
-        """Ctrl-C and SIGTERM: finish the step, save, stop."""
-        self.signalled = True
+    def on_signal(self, number, _):
+        """Ctrl-C and the like: finish the update, if one is under way, save, stop."""
+        # torchrun passes a Ctrl-C on to processes that had it already, so wait for another second.
+        now = time.monotonic()
+        if self.signalled and number == signal.SIGINT and now > self.signalled + 1:
+            raise KeyboardInterrupt
+        self.signalled = self.signalled or now
         if self.rank == 0:
-            os.write(2, b"\neapo: stopping after this step (Ctrl-\\ stops at once)\n")
+            with contextlib.suppress(OSError):          # the terminal may be gone
+                os.write(2, b"\neapo: stopping; Ctrl-C again stops at once, without saving\n")
 
-    def asked_to_stop(self):
-        """Whether a signal has reached any process."""
-        return any(self.gather(self.signalled))
 
 
 def open_run(cfg):
     """Processes, folder, model and problems of a Config -> a Run, ready for its first step."""
     world = World(cfg)
-    out = open_folder(cfg, world)
+    out = folder_of(cfg, world)
     lm, tokenizer, stop_ids = load_model(cfg, world)
     sampler = lm
     if world.sharded:           # the policy will be cut up: a whole copy samples
@@ -2421,9 +2590,14 @@ def open_run(cfg):
         problems = load_problems(run, cfg.train_data, "train")
         run.stream = Stream(problems, cfg.seed)
         run.optimizer = new_optimizer(run, cfg.learning_rate, beta2=0.999)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            world.handlers[number] = signal.signal(number, world.on_signal)
     sanity_check(run, problems)
+    if not cfg.resume:
+        make_folder(run)
+    if not cfg.eval_only and threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)        # Windows has no SIGHUP
+            if number:
+                world.handlers[number] = signal.signal(number, world.on_signal)
     return run
 
 
@@ -2438,9 +2612,10 @@ def load_eval_sets(run):
 
 
 def close_run(run):
-    """Save the trained model and say what came of the run."""
+    """Save the trained model, draw the page, and say what came of the run."""
     if not run.cfg.eval_only:
         save_model(run)
+    write_page(run)
     n = len(run.eval_sets)
     later = run.results[n:]
     for line in [""] + run.results[:n] + later[-n:] + [""]:
@@ -2451,75 +2626,86 @@ def close_run(run):
         signal.signal(number, handler)
 
 
-def open_folder(cfg, world):
-    """Make the folder of a new run, or find that of a run to resume -> its path."""
+def folder_of(cfg, world):
+    """The path of the folder of a run, which is there only if the run is to be resumed."""
     model = os.path.basename(os.path.normpath(cfg.model))
     now = time.strftime("%Y%m%d-%H%M%S")
     out = cfg.out or f"runs/{model}-{now}-{os.getpid()}"
     out = os.path.normpath(world.gather(out)[0])        # all processes take that of the first
     if cfg.resume:
         require(checkpoints(out), f"{out} holds no checkpoint, see --save-every: start a new run")
-    else:
-        require(not os.path.exists(f"{out}/metrics.jsonl"),
-                f"{out} holds the metrics of another run: choose another --out, or --resume {out}")
-        with one_line_errors(out):
-            os.makedirs(out, exist_ok=True)
-            if world.rank == 0:
-                write_settings(cfg, out)
-                replace_file(f"{out}/responses.jsonl", "")
+        return out
+    is_free = not os.path.exists(out) or os.path.isdir(out) and not os.listdir(out)
+    require(is_free, f"--out {out} is not empty: choose another, or --resume it if it is a run")
+    inside = os.path.realpath(out).startswith(os.path.realpath(cfg.model) + os.sep)
+    require(not inside, f"--out {out} lies in the folder of --model: choose another")
     return out
 
 
-def write_settings(cfg, out):
+def make_folder(run):
+    """Make the folder of a new run, now that its model and its data are found to be good."""
+    with one_line_errors(f"--out {run.out}"):
+        os.makedirs(run.out, exist_ok=True)
+        if run.world.rank == 0:
+            open(f"{run.out}/responses.jsonl", "x").close()     # fails if another run was quicker
+            write_settings(run)
+    run.world.gather(None)
+    require(os.path.exists(f"{run.out}/config.json"),
+            f"--out {run.out} must be one folder that all machines share")
+
+
+def write_settings(run):
     """Write config.json: the settings of a run, and the versions that it runs with."""
-    settings = asdict(cfg)
+    settings = asdict(run.cfg)
     settings["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__,
                             "python": platform.python_version()}
-    replace_file(f"{out}/config.json", json.dumps(settings, indent=2))
+    replace_file(f"{run.out}/config.json", json.dumps(settings, indent=2))
 
 
 def load_model(cfg, world):
-    """The language model with fp32 weights, its tokenizer, and the ids that end a response."""
+    """The language model, its tokenizer, and the ids that end a response."""
     if cfg.model == "tiny":
         lm, tokenizer = tiny_model(cfg.seed)
     else:
-        with one_line_errors(cfg.model):
+        with one_line_errors(f"--model {cfg.model}"):
+            # The weights are mapped from their file, and each process makes fp32 of its part alone.
+            dtype = "auto" if world.sharded else torch.float32
             check_memory(cfg, world)
             lm, loading = AutoModelForCausalLM.from_pretrained(
-                cfg.model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+                cfg.model, dtype=dtype, trust_remote_code=False, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
         # transformers would make up the weights that are missing.
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         require(not missing,
                 f"{cfg.model} has no weights for {missing}: it is not a whole language model")
-        require(len(tokenizer) <= len(lm.get_input_embeddings().weight),
-                f"{cfg.model}: its tokenizer knows more tokens than its embedding")
+        tokens = len(lm.get_input_embeddings().weight)
+        require(len(tokenizer) <= tokens, f"{cfg.model} embeds {tokens} tokens, and its tokenizer "
+                f"has {len(tokenizer)}: one of them belongs to another model")
     lm.eval()                               # no dropout
-    ends = lm.generation_config.eos_token_id
-    if not isinstance(ends, list):
-        ends = [ends]
-    ends = dict.fromkeys([tokenizer.eos_token_id] + ends)           # in order, each once
+    with one_line_errors(f"--model {cfg.model}, which is of an unsupported kind or damaged"):
+        check_sampling(lm)
+    known = lm.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    ends = dict.fromkeys([tokenizer.eos_token_id] + known)          # in order, each once
     stop_ids = [token for token in ends if token is not None]
     require(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
-    # The generation config of a hub model may hold what save_pretrained refuses.
-    lm.generation_config = GenerationConfig(eos_token_id=stop_ids)
-    try:
-        error = sampling_error(lm)
-    except Exception as exception:          # whatever an unusual model may do
-        error = f"{type(exception).__name__}: {exception}"
-    require(error is None, f"{cfg.model} cannot be used: {error}")
+    if set(stop_ids) != set(known):         # the trained model, once saved, should stop there too
+        lm.generation_config.eos_token_id = stop_ids
+        lm.generation_config.do_sample = True
     return lm, tokenizer, stop_ids
 
 
 @torch.no_grad()
-def sampling_error(lm):
-    """Does the model sample as it scores, and score as plain transformers does?  None, or what not.
+def check_sampling(lm):
+    """Does the model sample as it scores, and score as plain transformers does? If not, an error.
 
     It does not if its attention does not take the masks of `generate`, if its cache is of another
     kind, or if its logits are not hidden states times a matrix (a bias, a soft cap, a scale).
     """
-    V = len(lm.get_output_embeddings().weight)
+    V = len(lm.get_input_embeddings().weight)
     ids = [V * k // 12 for k in range(1, 12)]           # from all over the vocabulary
+    if not lm(torch.tensor([ids])).logits.isfinite().all():
+        raise ValueError("its logits are NaN, so its weights hold NaN")
     batch = generate(lm, [ids[:3], ids[3:]], group_size=2, limits=[5, 5], temperature=1.0,
                      top_p=1.0, stop_ids=[], seeds=[0, 1])
     scored, _ = Policy(lm)(batch, 1.0)                                          # (4, 5)
@@ -2529,11 +2715,12 @@ def sampling_error(lm):
         row = batch.ids[i, :start + 5]
         logits = lm(row[None]).logits[0, start - 1:-1]                          # (5, V)
         plain[i], _ = log_prob_and_entropy(logits, row[start:], 1.0)
+    rounding = 1e-3 if lm.dtype == torch.float32 else 0.3
     for name, logp in (("sampled", batch.old_logp), ("scored", scored)):
         gap = float((logp - plain).abs().max())
-        if not gap < 1e-3:
-            return f"log-probabilities as {name} are {gap:.2g} nats off those of transformers"
-    return None
+        if not gap < rounding:
+            raise ValueError(f"log-probabilities as {name} are {gap:.2g} nats off those of "
+                             "transformers")
 
 
 def check_memory(cfg, world):
@@ -2545,22 +2732,22 @@ def check_memory(cfg, world):
     # fp32 weights, and for training gradients and AdamW's two moments. Activations, KV cache and
     # logits come on top.
     state = (4 if cfg.eval_only else 16) * parameters / world.size
-    if cfg.offload and world.device.type == "cuda":
-        state = 0                                       # in host memory
     copy = (2 if world.bf16 else 4) * parameters * world.sharded
-    while_sampling = copy + (state if cfg.eval_only else state * 12 / 16)   # without gradients
-    free = world.free_memory()
-    millions = parameters / 1e6
-    GB = [round(x / 1e9, 2) for x in (state, copy, free)]
-    world.print(f"{cfg.model}: {millions:.1f}M parameters on {world.size} x {world.device.type}. "
-                f"GB per process: {GB[0]} for weights, gradients and moments, {GB[1]} for the copy "
-                f"that samples, of {GB[2]}")
-    require(max(state, while_sampling) < free,
+    world.print(f"{cfg.model}: {parameters / 1e6:.1f}M parameters on {world.size} x "
+                f"{world.device.type}. GB per process: {state / 1e9:.2f} for weights, gradients "
+                f"and moments, {copy / 1e9:.2f} for the copy that samples; free are "
+                f"{world.free_memory() / 1e9:.2f}, and {world.host_memory() / 1e9:.2f} of the host")
+    if cfg.offload and world.device.type == "cuda":
+        require(state < world.host_memory(),
+                f"{cfg.model} does not fit with --offload: use more --gpus or a smaller model")
+        state = 0
+    while_sampling = copy + state * (1 if cfg.eval_only else 12 / 16)       # without gradients
+    require(max(state, while_sampling) < world.free_memory(),
             f"{cfg.model} does not fit: use more --gpus, --offload, or a smaller model")
 
 
 def shard(policy, world, offload):
-    """Cut the fp32 weights of the policy over the processes, layer by layer (FSDP2).
+    """Make the weights of the policy fp32 and cut them over the processes, layer by layer (FSDP2).
 
     A layer is put together, in bf16 on GPUs, only while it computes. On GPUs its activations are
     not kept, but computed again in backward.
@@ -2576,8 +2763,8 @@ def shard(policy, world, offload):
     for layer in lists[0]:                              # the decoder's layers
         if world.device.type == "cuda":
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        fsdp.fully_shard(layer, **options)
-    return fsdp.fully_shard(policy, **options)
+        fsdp.fully_shard(layer.to(world.device).float(), **options)
+    return fsdp.fully_shard(policy.float(), **options)
 
 
 @torch.no_grad()
@@ -2601,6 +2788,7 @@ def sanity_check(run, problems):
     """Check the usual reasons for learning nothing, and show the first prompt as the model sees it.
     """
     cfg = run.cfg
+    world = run.world
     everything = sum(run.eval_sets.values(), problems)
     longest_prompt = max(len(problem.ids) for problem in everything)
     longest = longest_prompt + cfg.max_response_tokens
@@ -2611,26 +2799,46 @@ def sanity_check(run, problems):
     text = run.tokenizer.decode(first.ids)
     require(cfg.model != "tiny" or text == first.problem, f"of {first.problem!r:.50} --model tiny "
             f"can read only {text!r:.50}: name another --model")
-    if "boxed" not in text and cfg.model != "tiny":
-        run.world.print("warning: the prompt does not ask for \\boxed{}. Unless the model boxes "
-                        "its answers anyway, no response will be right: say so in the problems, or "
-                        "imitate solutions first (--warmup-data)")
 
-    some = problems[:200]
-    paid = 0
-    junk = 0
-    for problem in some:
-        check = problem.check or is_correct
-        gold = problem.answer
-        one = gold[0] if isinstance(gold, list) else gold
-        paid += check(f"\\boxed{{{one}}}", gold)
-        junk += check("\\boxed{no idea}", gold)
     bos = first.ids.count(run.tokenizer.bos_token_id)
     ends = run.tokenizer.convert_ids_to_tokens(run.stop_ids)
-    run.world.print(f"first prompt: {text[:400]!r}")
-    run.world.print(f"  {len(first.ids)} tokens, {first.ids[:8]} .. {first.ids[-4:]}, BOS {bos} "
-                    f"times; responses end with {ends}")
-    run.world.print(f"verifier: pays {paid} of {len(some)} gold answers, and junk {junk} times")
+    world.print(f"first prompt: {text[:400]!r}")
+    world.print(f"  {len(first.ids)} tokens, {first.ids[:8]} .. {first.ids[-4:]}, BOS {bos} times; "
+                f"responses end with {ends}")
+    check_golds(run, problems)
+    if "boxed" not in text and cfg.model != "tiny":
+        world.print("warning: the prompt does not ask for \\boxed{}. Unless the model boxes its "
+                    "answers anyway, no response will be right: say so in the problems, or imitate "
+                    "solutions first (--warmup-data)")
+    if run.tokenizer.chat_template:
+        messages = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "four"}]
+        turn = run.tokenizer.apply_chat_template(messages, tokenize=False)
+        _, found, end = turn.rpartition("four")
+        end_ids = run.tokenizer(end.strip(), add_special_tokens=False).input_ids
+        if found and end_ids and end_ids[0] not in run.stop_ids:
+            world.print(f"warning: the chat template ends a turn with {end.strip()!r}, which does "
+                        "not end a response here: add it to eos_token_id in generation_config.json")
+    tokens = cfg.prompts_per_step * cfg.group_size * cfg.max_response_tokens
+    if world.device.type == "cpu" and not cfg.eval_only and tokens > 10 ** 6:
+        world.print(f"warning: a step samples up to {tokens} tokens, which takes a CPU long: try "
+                    "--prompts-per-step 8 --max-response-tokens 256 --eval-samples 1")
+
+
+def check_golds(run, problems):
+    """Show what the verifier makes of the first gold answers, and how many it can read."""
+    unread = 0
+    junk = 0
+    some = [problem for problem in problems[:200] if not problem.check]
+    for n, problem in enumerate(some):
+        golds = problem.answer if isinstance(problem.answer, list) else [problem.answer]
+        readings = [answer_in_words(str(gold)) for gold in golds]
+        unread += readings.count(None) > 0
+        junk += is_correct("\\boxed{no idea}", problem.answer)
+        if n < 3:
+            run.world.print(f"gold answer {problem.answer!r:.60} is read as "
+                            f"{readings[0] or 'signs without a meaning'!s:.60}")
+    run.world.print(f"of {len(some)} gold answers {unread} have no meaning to the verifier: a "
+                    f"response must repeat them sign by sign. It pays junk {junk} times")
 
 
 def warn_of_first_step(run, metrics):
@@ -2673,9 +2881,10 @@ def save_model(run):
         every_name = dict(lm.named_parameters(remove_duplicate=False))
         for name in every_name.keys() - dict(lm.named_parameters()).keys():
             del weights[name]
-        lm.save_pretrained(path + ".new", state_dict=weights)
-        run.tokenizer.save_pretrained(path + ".new")
-        replace_folder(path)
+        with one_line_errors(path):
+            lm.save_pretrained(path + ".new", state_dict=weights)
+            run.tokenizer.save_pretrained(path + ".new")
+            replace_folder(path)
 
 
 def checkpoints(out):
@@ -2683,7 +2892,7 @@ def checkpoints(out):
     return sorted(glob.glob(f"{glob.escape(out)}/checkpoint/*[0-9]"))
 
 
-def checkpoint_state(run, step):
+def checkpoint_state(run):
     """What a checkpoint holds: each process has its part of weights and moments.
 
     There is no random state to keep: the random numbers of a response and the order of an epoch
@@ -2692,14 +2901,17 @@ def checkpoint_state(run, step):
     model, moments = dcs.get_state_dict(run.policy, run.optimizer)
     problems = [(problem.problem, str(problem.answer)) for problem in run.stream.problems]
     data = crc32(json.dumps(problems).encode())         # to notice other data on resume
-    return {"model": model, "optimizer": moments, "step": step, "position": run.stream.position,
+    return {"model": model, "optimizer": moments, "step": run.done, "position": run.stream.position,
             "data": data, "page": json.dumps(run.page)}
 
 
-def save_checkpoint(run, step):
-    """Write out/checkpoint/step-N, and keep the last two."""
-    path = f"{run.out}/checkpoint/step-{step:06}"
-    dcp.save(checkpoint_state(run, step), checkpoint_id=path + ".new")
+def save_checkpoint(run):
+    """Write out/checkpoint/step-N, if it is not there, and keep the last two."""
+    path = f"{run.out}/checkpoint/step-{run.done:06}"
+    if os.path.exists(path):
+        return
+    with one_line_errors(path):
+        dcp.save(checkpoint_state(run), checkpoint_id=path + ".new")
     if run.world.rank == 0:
         replace_folder(path)
         for old in checkpoints(run.out)[:-2]:
@@ -2709,9 +2921,12 @@ def save_checkpoint(run, step):
 
 def load_checkpoint(run):
     """Continue from the last checkpoint: weights, moments, data position and logs."""
-    state = checkpoint_state(run, step=0)
+    state = checkpoint_state(run)
     data = state["data"]
-    dcp.load(state, checkpoint_id=checkpoints(run.out)[-1])
+    *earlier, path = checkpoints(run.out)
+    instead = f", delete it to go on from {earlier[-1]}" if earlier else ""
+    with one_line_errors(path + instead):
+        dcp.load(state, checkpoint_id=path)
     require(state["data"] == data, f"{run.cfg.train_data} is not the data that {run.out} was "
             "trained on: its problems differ")
     dcs.set_state_dict(run.policy, run.optimizer, model_state_dict=state["model"],
@@ -2723,16 +2938,24 @@ def load_checkpoint(run):
     # The steps after the checkpoint will be done again: take them out of the logs.
     for name in ("responses.jsonl", "metrics.jsonl"):
         path = f"{run.out}/{name}"
-        with open(path, "a+", encoding="utf-8") as file:
-            file.seek(0)
-            whole_lines = [line for line in file if line.endswith("\n")]
-        kept = [line for line in whole_lines if json.loads(line)["step"] <= run.done]
+        rows = read_log(path, last_step=run.done)
         run.world.gather(None)                          # all have read it
         if run.world.rank == 0:
-            replace_file(path, "".join(kept))
-    run.history = [json.loads(line) for line in kept]
+            replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+    run.history = rows
     if run.world.rank == 0:
-        write_settings(run.cfg, run.out)
+        write_settings(run)
+
+
+def read_log(path, last_step):
+    """The rows of a log up to a step, without what a killed run has half written."""
+    rows = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("step", 0) <= last_step]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2829,16 +3052,17 @@ def token_html(text, fork, numbers, pixels):
     return f'<span {focus} data-t="{text}   {told}">{bars}{text}</span>'
 
 
-def write_page(run, step, metrics):
-    """Write report.html. metrics: those of the evaluation at this step, not yet in the history."""
-    if run.world.rank > 0 or not run.eval_sets:
+def write_page(run):
+    """Write report.html, if there was an evaluation."""
+    if run.world.rank > 0 or not run.page:
         return
     cfg = run.cfg
     name = list(run.eval_sets)[0]
     avg = f"Avg@{cfg.eval_samples}"
     scores = []                 # (step, low, value, high)
     entropies = []
-    for row in run.history + [{"step": step, **metrics}]:
+    step = run.history[-1]["step"]
+    for row in run.history:
         if f"eval/{name}/entropy" in row:
             keys = ("avg_low", avg.lower(), "avg_high", "entropy")
             low, y, high, H = (row[f"eval/{name}/{key}"] for key in keys)
@@ -2967,9 +3191,15 @@ def parse_args(argv=None):
 
 
 def preset(model):
-    """The settings that a model changes."""
-    for name, settings in PRESETS.items():
-        if name == model or name != "tiny" and name in model:
+    """The settings that a model changes, by the last part of its name. The model/ of an earlier run
+    has those of that run's model."""
+    folder, name = os.path.split(os.path.normpath(model))
+    config = os.path.join(folder, "config.json")
+    if name == "model" and os.path.isfile(config):
+        with open(config) as file:
+            return preset(json.load(file).get("model", ""))
+    for part, settings in PRESETS.items():
+        if part in name and (part != "tiny" or name == "tiny"):
             return settings
     return {}
 
@@ -3012,12 +3242,15 @@ def main(argv=None):
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):              # a console may lack a character
+            stream.reconfigure(errors="replace")
     if cfg.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count()))   # its matrices are too small for more
     try:
         return train(cfg)
     except KeyboardInterrupt:                           # later on Ctrl-C ends a step: on_signal
-        raise SystemExit("\neapo: stopped before the first step; nothing to save") from None
+        raise SystemExit("\neapo: stopped; what was saved before is kept") from None
     except torch.OutOfMemoryError as error:
         error.add_note("eapo: out of memory. Smaller --microbatch-tokens help in the update, "
                        "shorter --max-response-tokens everywhere, --offload or more --gpus most")
