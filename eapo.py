@@ -1514,6 +1514,21 @@ def eval_metrics(batch, k, every_k):
     return rounded(scores)
 
 
+def outcome(run, name):
+    """What came of a run: the first and the last evaluation of a set, in words."""
+    rows = [row for row in run.history if f"eval/{name}/avg_low" in row]
+    low, high = f"eval/{name}/avg_low", f"eval/{name}/avg_high"
+    avg = f"avg@{run.cfg.eval_samples}"
+    first = rows[0]
+    last = rows[-1]
+    change = last[f"eval/{name}/{avg}"] - first[f"eval/{name}/{avg}"]
+    verdict = "no difference is shown, as the 95% intervals overlap"
+    if last[low] > first[high] or last[high] < first[low]:
+        verdict = f"{'better' if change > 0 else 'worse'}, and the 95% intervals do not overlap"
+    return (f"{avg.title()} on {name}: {first[f'eval/{name}/{avg}']:.3f} at step {first['step']}, "
+            f"{last[f'eval/{name}/{avg}']:.3f} at step {last['step']}; {verdict}")
+
+
 def rounded(metrics):
     """Scalar tensors and floats -> floats with six decimals; integers stay as they are."""
     result = {}
@@ -1627,78 +1642,77 @@ def print_responses(run, problem, group):
 # --------------------------------------------------------------------------------------------------
 
 def true_credit(run, batch, problems, at_most, n=16):
-    """What was each token of some responses really worth? Sets V, I and true_advantage of a Batch.
+    """What was each token really worth? Sets V, I and true_advantage of a Batch, (N, T) each.
 
         V(s) = sum_v pi(v) V(s, v)                  the chance that the response will be right
         I    = h(V(s)) - sum_v pi(v) h(V(s, v))     nats, h(x) = -x log x - (1 - x) log(1 - x)
         true advantage = V(s, o) - V(s)             of the token o that was drawn
 
-    s is a prefix, v a likely next token, V(s, v) the share of n continuations that are right.
-    Once there are at_most pairs (s, v) to continue, no more responses are measured: they hold nan.
+    s is a prefix, v a likely next token, V(s, v) the share of n continuations that are right. At
+    most at_most pairs (s, v) are continued: a response that would need more holds nan.
     """
-    shape = batch.mask.shape
-    batch.V = torch.full(shape, torch.nan)                                      # (N, T)
-    batch.I = torch.full(shape, torch.nan)
-    batch.true_advantage = torch.full(shape, torch.nan)
+    # 1. Find the pairs. Responses begin alike, and a pair that several share is continued once.
+    decisions = {}                                      # i: those of response i
+    value = {}                                          # (s, v): V(s, v), known after 2.
+    for i in range(len(batch.ids)):
+        # Rounding may differ between GPUs, so all processes take what the first finds.
+        found = run.world.gather(find_decisions(run, batch, i))[0]
+        pairs = {pair: None for _, _, pi in found for pair in pi}
+        if len(value | pairs) <= at_most:
+            value |= pairs
+            decisions[i] = found
 
-    # Something is decided only where more than one token is likely. Responses begin alike: a
-    # beginning (number of the problem, tokens of s, v) is continued once for all of them.
-    decisions = []
-    value = {}                                          # beginning -> V(s, v), known below
-    for i, number in enumerate(batch.number.tolist()):
-        if len(value) >= at_most:
-            break
-        response = batch.response(i)
-        for t, pi in enumerate(likely_tokens(run, batch, i)):                   # (V,)
-            tokens = pi.nonzero().flatten().tolist()
-            if len(tokens) == 1:
-                continue
-            beginnings = [(number, *response[:t], v) for v in tokens]
-            drawn = tokens.index(response[t])
-            decisions.append((i, t, pi[tokens], beginnings, drawn))
-            for beginning in beginnings:
-                value[beginning] = None
-        batch.V[i] = float(batch.right[i])              # its value after the last decision
-        batch.I[i] = 0
-        batch.true_advantage[i] = 0
-
-    # Rounding may differ between GPUs, so all processes take the decisions of the first.
-    decisions, value = run.world.gather((decisions, value))[0]
+    # 2. Continue them.
     run.world.print(f"measuring credit: {n * len(value)} continuations")
     rests = [rest_of(run, problems[number], begun) for number, *begun in value]
     numbered = list(enumerate(rests))
     tries = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
     if run.stopped:
         return
-    right = tries.right.reshape(-1, n).float()                                  # (beginnings, n)
+    right = tries.right.reshape(-1, n).float()                                  # (pairs, n)
     value = dict(zip(value, right.mean(dim=1)))
 
-    # The last decisions come first: each sets V of all tokens up to its own.
-    for i, t, pi, beginnings, drawn in reversed(decisions):
-        values = torch.stack([value[beginning] for beginning in beginnings])    # (K,)
-        V, I = value_and_information(pi, values, n)
-        batch.V[i, :t + 1] = V
-        batch.I[i, t] = I
-        batch.true_advantage[i, t] = values[drawn] - V
+    # 3. Apply the formulas. V is the same at all tokens from one decision to the next, so the last
+    # decision comes first, and each sets V up to its own place. After the last, V is the verdict.
+    batch.V = torch.full(batch.mask.shape, torch.nan)
+    batch.I = batch.V.clone()
+    batch.true_advantage = batch.V.clone()
+    for i, found in decisions.items():
+        batch.V[i] = float(batch.right[i])
+        batch.I[i] = 0
+        batch.true_advantage[i] = 0
+        for t, drawn, pi in reversed(found):
+            values = torch.stack([value[pair] for pair in pi])                  # (K,)
+            V, I = value_and_information(torch.tensor([*pi.values()]), values, n)
+            batch.V[i, :t + 1] = V
+            batch.I[i, t] = I
+            batch.true_advantage[i, t] = value[drawn] - V
 
 
 @torch.no_grad()
-def likely_tokens(run, batch, i):
-    """Which tokens could have stood at each place of response i?  -> pi (T, V)
+def find_decisions(run, batch, i):
+    """Where was something decided in response i? Where more than one token was likely.
 
-    pi is 0 except for the token drawn and, of the four likeliest, those with at least 1%, whose
-    probabilities are scaled to add up to 1.
+    -> [(t, pair drawn, {pair: pi(v)})]. A pair is a tuple, (number of the problem, *s, v). Likely
+    are the token drawn and, of the four likeliest, those with at least 1%; their pi add up to 1.
     """
     lm = fill_sampler(run)
     row = batch.rows([i]).to(lm.device)
     start = int(row.prompt_len)
     logits = lm(row.ids).logits[0, start - 1:-1].float()                        # (T, V)
     pi = (logits / run.cfg.eval_temperature).softmax(dim=-1)
-    fourth = pi.topk(4).values[:, 3:]                                           # (T, 1)
-    likely = pi >= fourth.clamp(min=0.01)
-    likely.scatter_(1, row.ids[0, start:, None], True)
-    pi = pi * likely
-    return (pi / pi.sum(dim=-1, keepdim=True)).cpu()
+    top = pi.topk(4).indices.tolist()                                           # (T, 4) tokens
+    found = []
+    s = (int(row.number),)
+    for t, o in enumerate(batch.response(i)):
+        likely = {v: float(pi[t, v]) for v in top[t] if pi[t, v] >= 0.01}
+        likely[o] = float(pi[t, o])
+        total = sum(likely.values())
+        pairs = {(*s, v): likely[v] / total for v in sorted(likely)}
+        s = (*s, o)
+        if len(pairs) > 1:
+            found.append((t, s, pairs))
+    return found
 
 
 def rest_of(run, problem, begun):
@@ -1721,93 +1735,89 @@ def value_and_information(pi, values, n):
         # Left uncorrected, I would be too high by about (1 - sum pi^2) / (2 n). Where V is near 0
         # or 1 an error of up to 1 / (4 n) remains. A single estimate of I may fall below 0.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
-        spread = x * (1 - x)
-        return entropy + variance / (2 * spread).clamp(min=1e-9)
+        return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
     variance = values * (1 - values) / n                                        # (K,)
-    variance_of_V = (pi.square() * variance).sum()
-    doubt_before = h(V, variance_of_V)
+    doubt_before = h(V, (pi.square() * variance).sum())
     doubt_after = (pi * h(values, variance)).sum()
     return V, doubt_before - doubt_after
 
 
 def look_closely(run, step, name, problems, batch):
-    """Show a problem on the page and, at both ends of the run, measure credit in a few -> metrics
-
-    The first evaluation chooses the problems with about half of their responses right, where there
-    is most to decide.
-    """
-    k = run.cfg.eval_samples
-    wanted = run.cfg.credit_problems
+    """Show a problem on the page; at both ends of the run, measure credit in a few -> metrics"""
+    cfg = run.cfg
+    k = cfg.eval_samples
+    # The first evaluation chooses the problems: most is decided where half of the tries are right.
     if not run.page:
         share = batch.right.reshape(-1, k).float().mean(dim=1)                  # (problems,)
         order = (share - 0.5).abs().argsort(stable=True)
-        run.page["problems"] = order[:max(1, wanted)].tolist()
+        run.page["problems"] = order[:max(1, cfg.credit_problems)].tolist()
     chosen = torch.tensor(run.page["problems"])
     few = batch.rows(torch.isin(batch.number, chosen))
     few.advantage = torch.zeros(len(few.ids))           # of a single response, which has no group
     if k > 1:
         few.advantage = group_advantages(few.reward, k)
+
     metrics = {}
-    if wanted > 0 and run.cfg.eval_temperature > 0 and step in (0, run.cfg.steps):
-        true_credit(run, few, problems, at_most=100 * wanted)
+    if cfg.credit_problems > 0 and cfg.eval_temperature > 0 and step in (0, cfg.steps):
+        true_credit(run, few, problems, at_most=100 * cfg.credit_problems)
         if run.stopped:
             return {}
-        metrics = compare_credit(run, name, few)
-    first = run.page["problems"][0]
+        metrics = credit_by_kind(run, name, few) | credit_by_rule(run, few)
+    first = int(chosen[0])
     show_responses(run, step, problems[first], few.rows(few.number == first))
     return metrics
 
 
-def compare_credit(run, name, batch):
-    """Print which kinds of token hold the true credit, and which rules find it -> metrics"""
-    measured = batch.mask & batch.I.isfinite()                                  # (N, T)
-    responses = int(measured[:, 0].sum())
-    task = TASKS.get(name)
-    kinds = []                                          # of the M measured tokens
-    for i in range(responses):
-        tokens = [run.tokenizer.decode([token]) for token in batch.response(i)]
-        if task and task.kinds:
-            kinds += task.kinds(tokens)
-        else:
-            kinds += ["all"] * len(tokens)
+def credit_by_kind(run, name, batch):
+    """Print how much of the entropy and of the true credit each kind of token holds -> metrics"""
+    measured = batch.I[:, 0].isfinite().nonzero().flatten().tolist()            # responses
+    kinds_of = TASKS[name].kinds if name in TASKS else None
+    tokens = Counter()                                  # kind: how many tokens
+    H = Counter()                                       # kind: nats per response
+    I = Counter()
+    for i in measured:
+        pieces = [run.tokenizer.decode([token]) for token in batch.response(i)]
+        kinds = kinds_of(pieces) if kinds_of else ["all"] * len(pieces)
+        for kind, H_t, I_t in zip(kinds, batch.H[i].tolist(), batch.I[i].tolist()):
+            tokens[kind] += 1
+            H[kind] += H_t / len(measured)
+            I[kind] += I_t / len(measured)
+    for counter in (tokens, H, I):
+        counter["all"] = counter.total()
 
     metrics = {}
-    run.world.print(f"true credit in {responses} responses, H and I in nats per response\n"
+    run.world.print(f"true credit in {len(measured)} responses, H and I in nats per response\n"
                     f"  {'kind':10}    tokens         H         I       I/H")
-    H = batch.H[measured]                                                       # (M,)
-    I = batch.I[measured]
-    for kind in dict.fromkeys(kinds + ["all"]):
-        here = torch.tensor([kind in (each, "all") for each in kinds])          # (M,)
-        H_here = H[here].sum() / responses
-        I_here = I[here].sum() / responses
-        row = {"tokens": here.float().mean(), "H": H_here, "I": I_here,
-               "I/H": I_here / H_here.clamp(min=1e-9)}
-        line = f"  {kind:10}"
-        for key, x in row.items():
-            line += f"{x:10.3f}"
-            metrics[f"credit/{kind}/{key}"] = x
-        run.world.print(line)
-
-    # Rules can be compared where a group has right and wrong responses.
-    mixed = measured & (batch.advantage != 0)[:, None]
-    credits = {method: credit_by(run, batch, method) for method in CREDIT_RULES}
-    credits["eapo, 1.9"] = credit_by(run, batch, "eapo", alpha=1.9, phi=2.0)
-    if mixed.any():
-        for method, credit in credits.items():
-            cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
-            run.world.print(f"  cosine of {method:12} with the true advantage {cosine:6.2f}")
-            metrics[f"credit/cosine/{method}"] = cosine
+    for kind in tokens if measured else []:
+        share = tokens[kind] / tokens["all"]
+        ratio = I[kind] / max(H[kind], 1e-9)
+        run.world.print(f"  {kind:10}{share:10.3f}{H[kind]:10.3f}{I[kind]:10.3f}{ratio:10.3f}")
+        row = {"tokens": share, "H": H[kind], "I": I[kind], "I/H": ratio}
+        metrics |= {f"credit/{kind}/{key}": x for key, x in row.items()}
     return rounded(metrics)
 
 
-def credit_by(run, batch, method, **changes):
-    """What a rule of credit gives the tokens of an evaluation, whose groups have eval_samples rows.
-    """
-    settings = asdict(run.cfg) | {"group_size": run.cfg.eval_samples} | changes
-    credit = CREDIT_RULES[method](batch, SimpleNamespace(**settings))
-    return credit.masked_fill(~batch.mask, 0)
+def credit_by_rule(run, batch):
+    """Print how well the credit of each rule agrees with the true advantage -> metrics"""
+    # Rules differ, and can be compared, where a group has right and wrong responses.
+    mixed = batch.mask & (batch.advantage != 0)[:, None] & batch.I.isfinite()   # (N, T)
+    if not mixed.any():
+        return {}
+    cfg = SimpleNamespace(**vars(run.cfg))
+    cfg.group_size = cfg.eval_samples
+    credits = {method: rule(batch, cfg) for method, rule in CREDIT_RULES.items()}
+    cfg.alpha = 1.9
+    cfg.phi = 2.0
+    credits["eapo, 1.9"] = eapo_credit(batch, cfg)
+
+    metrics = {}
+    for method, credit in credits.items():
+        cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
+        run.world.print(f"  cosine of {method:12} with the true advantage {cosine:6.2f}")
+        metrics[f"credit/cosine/{method}"] = cosine
+    return rounded(metrics)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1840,8 +1850,8 @@ def credit_by(run, batch, method, **changes):
 #     argument = operand | digit                      \frac12 is 1/2
 #
 # Ignored are spaces, dollars, sizes and fonts, a full stop at the end, the order of lists and sets,
-# a name in front (AB = 5, f(x) = 2x), units at the end (in \text{}, or bare ones from a list), degrees,
-# and a base that only the gold states (204_5). Not ignored are the order in points, the kind of
+# a name in front (AB = 5, f(x) = 2x), units at the end (in \text{}, or bare ones from a list),
+# degrees, and a base that only the gold states (204_5). Not ignored are the order in points, the kind of
 # brackets, repeated elements, other letters (4abcd is a product), and a variable that cancels (5+0x
 # is not 5). Variables stand for positive numbers: \sqrt{x^2} is x.
 # Two forms have two readings, either of which may match: 1,234 is a number or a list, 50% is 50 or
@@ -2624,6 +2634,8 @@ def close_run(run):
     run.world.print(f"{outcome} {run.out}")
     for number, handler in run.world.handlers.items():      # as before, for a notebook that goes on
         signal.signal(number, handler)
+    if run.world.size > 1:
+        dist.destroy_process_group()                    # its threads must not outlive the program
 
 
 def folder_of(cfg, world):
@@ -2963,6 +2975,8 @@ def read_log(path, last_step):
 # and what comes from a model or a file can only be text in it.
 # --------------------------------------------------------------------------------------------------
 
+# The numbers of a token are variables of its style, such as --H: the bars take their heights from
+# them, and the radio buttons say which of them is --credit.
 PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -2970,8 +2984,7 @@ PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 :root { color-scheme: light dark; overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 1200px; margin: auto; padding: 16px 20px 90px }
 @media (min-width: 900px) { main { display: grid; grid-template-columns: 1fr 300px; gap: 48px } }
-fieldset { display: inline-block; margin-right: 12px; border: 1px solid #8886; border-radius: 8px }
-label { display: inline-block }  figure { margin: 0 0 24px }  polygon { opacity: 0.3 }
+fieldset, label { display: inline-block }  figure { margin: 0 0 24px }  polygon { opacity: 0.3 }
 svg { width: 100%; height: 96px; border: solid #888; border-width: 0 0 1px 1px; stroke: #2f7de1 }
 svg * { vector-effect: non-scaling-stroke }  polyline { fill: none; stroke-width: 2 }
 pre { position: relative; margin: 8px 0 24px; font: 17px monospace; white-space: normal }
@@ -2981,14 +2994,17 @@ span:is(:hover, :focus) { background: #8883; outline: 1px solid #888 }
 span:is(:hover, :focus)::after { content: attr(data-t); position: absolute; z-index: 1; top: 100%;
   left: 0; padding: 4px 8px; background: CanvasText; color: Canvas; white-space: pre-wrap;
   font: 14px/1.5 system-ui, sans-serif; text-align: left }
-.fork { font-weight: 900 }  i { border-radius: 2px; max-height: 100% }
-.key { display: inline-block; padding: 6px }  .up, .down { grid-area: 3 / 1; background: #2c9a4b }
-.down { background: #dd4840 }  .H, .I { grid-area: 1 / 1; align-self: end; background: #f3bd63 }
-.I { background: #b4540a }
-body:has(#base:checked) .latest, body:has(#latest:checked) .base,
-body:has(#eapo:checked) :is(.grpo, .gap), body:has(#grpo:checked) :is(.eapo, .gap),
-body:has(#gap:checked) :is(.eapo, .grpo) { display: none }
+.fork { font-weight: 900 }  i { border-radius: 2px }  .key { display: inline-block; padding: 6px }
+.H, .I { grid-area: 1 / 1; align-self: end; max-height: 100% }  .up, .down { grid-area: 3 / 1 }
+.H { background: #f3bd63; height: calc(var(--H) * var(--nat)) }
+.I { background: #b4540a; height: calc(max(0, var(--I, 0)) * var(--nat)) }
+.up { background: #2c9a4b; height: calc(max(0, var(--credit)) * 14px) }
+.down { background: #dd4840; height: calc(max(0, -1 * var(--credit)) * 14px) }
+span { --credit: var(--EAPO) }  body:has(#GRPO:checked) span { --credit: var(--GRPO) }
+body:has(#gap:checked) span { --credit: calc(10 * (var(--EAPO) - var(--GRPO))) }
+body:has(#base:checked) .latest, body:has(#latest:checked) .base { display: none }
 </style><h1>Where does the credit go?</h1>"""
+BARS = '<i class="H"></i><i class="I"></i><i class="up"></i><i class="down"></i>'
 
 
 def shown(text):
@@ -3004,52 +3020,61 @@ def show_responses(run, step, problem, group):
 
     group: a Batch of all responses to the problem with advantages, and with V and I if measured.
     """
+    cfg = run.cfg
+    G = len(group.ids)
+    A = group.advantage                                                         # (G,)
     if "rows" not in run.page:          # two right and two wrong ones; later, the same tries
-        right_first = group.right.float().argsort(descending=True, stable=True)
-        right_first = right_first.tolist()
+        right_first = group.right.float().argsort(descending=True, stable=True).tolist()
         run.page["rows"] = right_first[:2] + right_first[2:][-2:]
         run.page["pixels"] = 44 / max(0.7, float(group.H.max()))        # per nat
-    mu, _ = entropy_mean_and_std(group.H, group.mask, len(group.ids))
+    mu, _ = entropy_mean_and_std(group.H, group.mask, G)
     fork = group.mask & (group.H >= mu)                                         # (G, T)
-    credits = {rule: credit_by(run, group, rule.lower()) for rule in ("GRPO", "EAPO")}
-    facts = {"p": group.old_logp.exp(), "H": group.H, **credits}                # (G, T) each
-    text = (f"{int(group.right.sum())} of {len(group.ids)} responses are right. Forks are "
-            f"{float(fork.sum() / group.mask.sum()):.0%} of the tokens")
-    for rule, credit in credits.items() if group.advantage.any() else []:
-        share = credit[fork].abs().sum() / credit.abs().sum()
-        text += f"; {rule} gives them {float(share):.0%} of the credit"
-    if group.I is not None:             # nan in responses that were not measured
-        facts |= {"I": group.I, "V": group.V}
-        total = group.I.nanmean(dim=0).sum()
-        held = (group.I * fork).nanmean(dim=0).sum()
-        text += f"; of {total:.2f} nats of true credit per response, they hold {held:.2f}"
+    eapo = entropy_aware_advantages(A, group.H, group.mask, G, cfg.alpha, cfg.phi)
+    grpo = A[:, None] * group.mask
+    facts = {"p": group.old_logp.exp(), "H": group.H, "GRPO": grpo, "EAPO": eapo}   # (G, T) each
+    if group.I is not None and group.I.isfinite().any():
+        facts |= {"I": group.I, "V": group.V}           # nan in responses that were not measured
 
-    which = "base" if step == 0 else "latest"
-    section = f'<section class="{which}"><h2>{shown(problem.problem)}</h2><p>{text}.</p>'
+    which = "latest" if "base" in run.page else "base"
+    section = f'<section class="{which}"><h2>{shown(problem.problem)}</h2>'
+    section += f"<p>{summary(group, fork, facts)}.</p>"
     for i in run.page["rows"]:
         verdict = "right" if group.right[i] else "wrong"
-        section += f"<b>{verdict}, A = {group.advantage[i]:+.2f}</b><pre>"
+        section += f"<b>{verdict}, A = {A[i]:+.2f}</b><pre>"
         for t, token in enumerate(group.response(i)[:400]):
             numbers = {name: float(x[i, t]) for name, x in facts.items()}
-            known = {name: x for name, x in numbers.items() if math.isfinite(x)}
-            text = shown(run.tokenizer.decode([token])).replace(" ", "·")
-            section += token_html(text, fork[i, t], known, run.page["pixels"])
+            section += token_html(run.tokenizer.decode([token]), fork[i, t], numbers)
         section += "</pre>"
     run.page[which] = section + "</section>"
 
 
-def token_html(text, fork, numbers, pixels):
-    """A token with its bars, its numbers when pointed at.  text: HTML; pixels: of a nat"""
-    heights = {"H": pixels * numbers["H"], "I": pixels * max(0, numbers.get("I", 0)),
-               "grpo": 14 * numbers["GRPO"], "eapo": 14 * numbers["EAPO"]}
-    heights["gap"] = 10 * (heights["eapo"] - heights["grpo"])
-    bars = ""
-    for name, height in heights.items():
-        side = "up" if height > 0 else "down"
-        bars += f'<i class="{name} {side}" style="height: {abs(height):.0f}px"></i>'
-    told = ", ".join(f"{name} {x:.3f}" for name, x in numbers.items())
+def summary(group, fork, facts):
+    """How much of the tokens and of the credit is at forks?  (G, T) each -> words"""
+    text = (f"{int(group.right.sum())} of {len(group.ids)} responses are right. "
+            f"Forks are {fork.sum() / group.mask.sum():.0%} of the tokens")
+    for rule in ("GRPO", "EAPO"):
+        credit = facts[rule].abs()                                              # (G, T)
+        if credit.any():
+            share = credit[fork].sum() / credit.sum()
+            text += f"; {rule} gives them {share:.0%} of the credit"
+    if "I" in facts:
+        total = facts["I"].nanmean(dim=0).sum()
+        held = (facts["I"] * fork).nanmean(dim=0).sum()
+        text += f"; of {total:.2f} nats of true credit per response, they hold {held:.2f}"
+    return text
+
+
+def token_html(text, fork, numbers):
+    """A token and {name: number}: its bars, and what is told when it is pointed at."""
+    text = shown(text).replace(" ", "·")
+    told = text + " "
+    style = ""
+    for name, x in numbers.items():
+        if math.isfinite(x):
+            style += f"--{name}:{x:.3f};"
+            told += f"  {name} {x:.3f}"
     focus = 'class="fork" tabindex="0"' if fork else 'tabindex="-1"'
-    return f'<span {focus} data-t="{text}   {told}">{bars}{text}</span>'
+    return f'<span {focus} style="{style}" data-t="{told}">{BARS}{text}</span>'
 
 
 def write_page(run):
@@ -3059,68 +3084,65 @@ def write_page(run):
     cfg = run.cfg
     name = list(run.eval_sets)[0]
     avg = f"Avg@{cfg.eval_samples}"
-    scores = []                 # (step, low, value, high)
-    entropies = []
     step = run.history[-1]["step"]
-    for row in run.history:
-        if f"eval/{name}/entropy" in row:
-            keys = ("avg_low", avg.lower(), "avg_high", "entropy")
-            low, y, high, H = (row[f"eval/{name}/{key}"] for key in keys)
-            scores.append((row["step"], low, y, high))
-            entropies.append((row["step"], H, H, H))
-    _, first_low, first, first_high = scores[0]
-    verdict = "no difference is shown, as the 95% intervals overlap"
-    if low > first_high or high < first_low:
-        verdict = f"{'better' if y > first else 'worse'}, and the 95% intervals do not overlap"
+    evaluated = [row for row in run.history if f"eval/{name}/entropy" in row]
 
-    command = "python eapo.py"  # and all settings that differ from the defaults for its model
-    usual = asdict(Config(**preset(cfg.model)))
-    for key, x in asdict(cfg).items():
-        if x != usual[key] and key != "resume":
-            command += " " + flag_name(key)
-            command += "" if x is True else " " + shlex.quote(str(x))
+    def column(key):
+        return [row[f"eval/{name}/{key}"] for row in evaluated]
+    steps = [row["step"] for row in evaluated]
+    low = column("avg_low")
+    score = column(avg.lower())
+    high = column("avg_high")
+    H = column("entropy")
+    latest = ""
+    if "latest" in run.page:
+        latest = f'<label><input type="radio" name="at" id="latest">step {step}</label>'
 
-    models = {"base": "the base", "latest": f"step {step}"}
-    models = {which: text for which, text in models.items() if which in run.page}
-    credits = {"eapo": "EAPO", "grpo": "GRPO", "gap": "EAPO − GRPO, 10 times as high"}
     replace_file(f"{run.out}/report.html", f"""{PAGE_HEAD}
-<p>{cfg.method.upper()}, step {step} of {cfg.steps}. {avg} on {shown(name)}: {first:.3f} at
-step {scores[0][0]}, {y:.3f} now; {verdict}.<br><code>{shown(command)}</code></p>
-{radio("Responses of", models)}{radio("Credit", credits)}
+<p>{cfg.method.upper()}, step {step} of {cfg.steps}. {shown(outcome(run, name))}.
+<br><code>{shown(command(cfg))}</code></p>
+<fieldset><legend>Responses at</legend>
+<label><input type="radio" name="at" id="base" checked>step {steps[0]}</label> {latest}</fieldset>
+<fieldset><legend>Credit</legend><label><input type="radio" name="credit" checked>EAPO</label>
+<label><input type="radio" name="credit" id="GRPO">GRPO</label>
+<label><input type="radio" name="credit" id="gap">EAPO − GRPO, 10 times as high</label></fieldset>
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
 within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
 verdict it removed. Both are in nats, and I is at most H, but for the error of sampling. Below each
 token: the credit it was given, <i class="up key"></i> up or <i class="down key"></i> down. Forks,
 with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token, tap it,
 or press Tab for its numbers; p is its probability, V the chance before it to be right.</p>
-<main><div>{"".join(run.page[which] for which in models)}
+<main style="--nat:{run.page["pixels"]:.1f}px"><div>{run.page["base"]}{run.page.get("latest", "")}
 <p>Entropy is not surprise: it says how unsure the model was before it drew a token, not how
 unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a low H, and
 EAPO blames it less than GRPO does, even if it cost the answer.</p></div>
-<aside>{curve(f"{avg} on {name}, with its 95% interval", scores)}
-{curve(f"Entropy on {name}, nats", entropies)}</aside></main>""")
+<aside>{curve(f"{avg} on {name}, with its 95% interval", steps, low, score, high)}
+{curve(f"Entropy on {name}, nats", steps, H, H, H)}</aside></main>""")
 
 
-def radio(legend, options):
-    """Radio buttons, the first of them on. The style of the page says what each one hides."""
-    buttons = ""
-    for name, text in options.items():
-        on = "" if buttons else "checked"
-        buttons += f'<label><input type="radio" name="{legend}" id="{name}" {on}>{text}</label> '
-    return f"<fieldset><legend>{legend}</legend>{buttons}</fieldset>"
+def command(cfg):
+    """The command of the run: all settings that differ from the defaults for its model."""
+    words = "python eapo.py"
+    usual = asdict(Config(**preset(cfg.model)))
+    for name, x in asdict(cfg).items():
+        if x != usual[name] and name != "resume":
+            words += " " + flag_name(name)
+            words += "" if x is True else " " + shlex.quote(str(x))
+    return words
 
 
-def curve(title, points):
-    """A figure of points (step, low, value, high), from 0 up, with low to high shaded."""
-    last = max(1, points[-1][0])
-    top = max(1e-6, *(high for *_, high in points))
-    line = [f"{step},{-y:f}" for step, _, y, _ in points]
-    band = [f"{step},{-high:f}" for step, _, _, high in points]
-    band += [f"{step},{-low:f}" for step, low, _, _ in reversed(points)]
+def curve(title, steps, low, middle, high):
+    """A figure of `middle` at each step, from 0 up, with the band from low to high shaded."""
+    last = max(1, steps[-1])
+    top = max(1e-6, *high)
+
+    def path(xs, ys):
+        return " ".join(f"{x},{-y:f}" for x, y in zip(xs, ys))
+    band = path(steps + steps[::-1], high + low[::-1])
     return f"""<figure>{top:.2f}<svg viewBox="0 {-top:f} {last} {top:f}" preserveAspectRatio="none">
-<polygon points="{" ".join(band)}" fill="#2f7de1"/><polyline points="{" ".join(line)}"/></svg>
-<figcaption>{shown(title)}, steps {points[0][0]} to {last}:
-{points[0][2]:.3f} &rarr; {points[-1][2]:.3f}</figcaption></figure>"""
+<polygon points="{band}" fill="#2f7de1"/><polyline points="{path(steps, middle)}"/></svg>
+<figcaption>{shown(title)}, steps {steps[0]} to {last}:
+{middle[0]:.3f} &rarr; {middle[-1]:.3f}</figcaption></figure>"""
 
 
 # --------------------------------------------------------------------------------------------------

@@ -906,7 +906,7 @@ def test_micro_batches_hold_at_most_so_many_tokens_and_every_row_once():
     assert shapes == [(1, 9), (2, 4), (2, 3)]
     run.world.size = 2
     for run.world.microbatch_tokens, wanted in ((8, [[9], [3, 2], [4, 4], []]),
-                                                (24, [[9, 4], [4, 3, 2]])):
+                                                (24, [[9], [4, 4, 3, 2]])):
         lengths = []
         for run.world.rank in (0, 1):
             for micro in eapo.micro_batches(run, batch):
@@ -1397,7 +1397,7 @@ def test_other_problems_or_other_answers_are_other_data():
 
     def data(problem, answer):
         run.stream = Stream([Problem(problem, answer, ids=[5])], seed=0)
-        return eapo.checkpoint_state(run, step=0)["data"]
+        return eapo.checkpoint_state(run)["data"]
 
     assert data("1+1", "2") == data("1+1", 2)
     assert data("1+1", "2") != data("1+1", "3")
@@ -1876,7 +1876,7 @@ def measured(table, responses, n, at_most=10 ** 6):
     problem = eapo.Problem("1+1=", "2", check=lambda text, answer: answer in text, ids=prompt)
     ids = [tokenizer(text).input_ids + [1] for text in responses]
     batch = eapo.make_batch([prompt] * len(ids), ids)
-    eapo.score(run, batch, 1.0)
+    batch.old_logp, batch.H = eapo.score(run, batch, 1.0)
     eapo.mark(run, batch, [problem] * len(ids))
     batch.number = torch.zeros(len(ids), dtype=torch.long)
     eapo.true_credit(run, batch, [problem], at_most, n)
@@ -1961,13 +1961,19 @@ def test_a_value_that_rounding_lifts_above_1_is_still_no_doubt():
 
 
 def test_equal_beginnings_are_continued_once_and_the_work_is_bounded(capsys):
-    """026 and 027 share their decisions, with six beginnings: 0, 1, 02, 03, 026 and 027. at_most=6 is
-    reached with the first response, and the others are not measured."""
-    measured(TOY, ["026", "027"], n=10)
+    """026 and 027 share their decisions, with six beginnings: 0, 1, 02, 03, 026 and 027. 137 adds
+    four: with at_most=9 it is not measured, and its place is left to the next that fits."""
+    batch = measured(TOY, ["026", "137", "027"], n=10, at_most=9)
     assert "60 continuations" in capsys.readouterr().out
-    batch = measured(TOY, ["026", "027", "137"], n=10, at_most=6)
-    assert "60 continuations" in capsys.readouterr().out
-    assert batch.I[0].isfinite().all() and batch.I[1:].isnan().all()
+    assert batch.I[[0, 2]].isfinite().all()
+    for x in (batch.V, batch.I, batch.true_advantage):
+        assert x[1].isnan().all()
+    batch = measured(TOY, ["026", "137"], n=10, at_most=10)
+    assert "100 continuations" in capsys.readouterr().out
+    assert batch.I.isfinite().all()
+    batch = measured(TOY, ["026", "137"], n=10, at_most=5)
+    assert "measuring credit: 0 continuations" in capsys.readouterr().out
+    assert batch.I.isnan().all()
 
 
 def test_the_problems_with_the_most_doubt_are_chosen_once(monkeypatch):
@@ -1975,9 +1981,12 @@ def test_the_problems_with_the_most_doubt_are_chosen_once(monkeypatch):
     shown = []
     monkeypatch.setattr(eapo, "show_responses", lambda run, step, problem, group: shown.append(
         (problem, group.number.tolist(), group.advantage.tolist())))
-    monkeypatch.setattr(eapo, "true_credit", lambda run, batch, problems, at_most: shown.append(
-        batch.number.tolist()))
-    monkeypatch.setattr(eapo, "compare_credit", lambda run, name, batch: {"x": 1})
+    def true_credit(run, batch, problems, at_most):
+        shown.append(batch.number.tolist())
+        batch.I = torch.zeros(8, 1)
+    monkeypatch.setattr(eapo, "true_credit", true_credit)
+    monkeypatch.setattr(eapo, "credit_by_kind", lambda run, name, batch: {"x": 1})
+    monkeypatch.setattr(eapo, "credit_by_rule", lambda run, batch: {"y": 1})
     cfg = eapo.parse_args(["--eval-samples", "4", "--credit-problems", "2", "--steps", "9"])
     run = types.SimpleNamespace(cfg=cfg, page={}, stopped=False)
     batch = eapo.make_batch([[5]] * 16, [[6]] * 16)
@@ -2046,7 +2055,7 @@ class Tags(html.parser.HTMLParser):
         self.found.append((tag, *(name for name, _ in attributes)))
 
 
-def a_page(tmp_path, text, *flags):
+def a_page(tmp_path, text, *flags, step=0, measured=2):
     """The page of a run whose model, problems and data set say `text`."""
     cfg = eapo.parse_args(["--model", "m", "--eval-data", "e", *flags])
     lm = types.SimpleNamespace()
@@ -2061,10 +2070,10 @@ def a_page(tmp_path, text, *flags):
     group.reward = torch.where(group.right, 1., -1.)
     group.advantage = eapo.group_advantages(group.reward, 4)
     group.V = group.I = torch.full((4, 3), torch.nan)
-    group.I[:2] = group.V[:2] = .1 * group.mask[:2]
-    eapo.show_responses(run, 0, eapo.Problem(text), group)
+    group.I[:measured] = group.V[:measured] = .1 * group.mask[:measured]
+    eapo.show_responses(run, step, eapo.Problem(text), group)
     scores = {"avg_low": .1, f"avg@{cfg.eval_samples}": .2, "avg_high": .3, "entropy": .4}
-    run.history = [{"step": 0} | {f"eval/{text}/{key}": x for key, x in scores.items()}]
+    run.history = [{"step": step} | {f"eval/{text}/{key}": x for key, x in scores.items()}]
     eapo.write_page(run)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -2091,16 +2100,27 @@ def test_the_page_shows_entropy_true_credit_and_the_credit_of_both_rules(tmp_pat
     page = a_page(tmp_path, "x", "--method", "forking", "--offload")
     assert page.split("</code>")[0].endswith("--method forking --offload")
     assert page.count("<span") == 10
-    assert page.count('<i class="I up"') == page.count("I 0.100") == 5
+    assert page.count("--I:0.100;") == page.count("  I 0.100") == 5
     forks = sum(text.count('class="fork"') for text in page.split("<pre>")[1:3])
     assert f"of 0.25 nats of true credit per response, they hold {.05 * forks:.2f}." in page
-    for rule in ("grpo", "eapo"):
-        assert page.count(f'<i class="{rule} up"') == 3
-        assert page.count(f'<i class="{rule} down"') == 7
-    assert page.count("GRPO 1.500") == 3 and page.count("GRPO -0.500") == 7
-    credit = [float(x) for x in re.findall(r"EAPO (\S+\d)", page)]
+    assert page.count("--GRPO:1.500;") == page.count("GRPO 1.500") == 3
+    assert page.count("--GRPO:-0.500;") == page.count("GRPO -0.500") == 7
+    credit = [float(x) for x in re.findall(r"--EAPO:([^;]+);", page)]
     sizes = [abs(x) / (1.5 if x > 0 else 0.5) for x in credit]
     assert len(sizes) == 10 and .899 < min(sizes) < 1 < max(sizes) < 1.101
+
+
+def test_the_first_evaluation_is_what_the_page_shows_first(tmp_path):
+    """Also where it is not that of step 0: what is hidden at first would leave the page empty."""
+    page = a_page(tmp_path, "x", step=5)
+    assert '<section class="base">' in page and '<section class="latest">' not in page
+    assert 'id="base" checked>step 5<' in page and 'id="latest">' not in page
+
+
+def test_a_page_says_nothing_of_true_credit_where_none_could_be_measured(tmp_path):
+    page = a_page(tmp_path, "x", measured=0)
+    assert "nats of true credit" not in page and "nan" not in page and "--I:" not in page
+    assert page.count("<span") == 10
 
 
 def test_a_run_leaves_its_page_after_step_0_and_a_table_of_credit_at_both_ends(tmp_path, capsys,
