@@ -1623,10 +1623,7 @@ def write_responses(run, step, name, problems, batch):
 
 
 def print_evaluation(run, step, name, problems, batch, scores):
-    """Print the scores and three responses, to the problem of which about half are right.
-
-    On a terminal colours show the quadrants.
-    """
+    """Print the scores, and responses to the problem of which about half are right."""
     world = run.world
     k = run.cfg.eval_samples
     if not run.history:
@@ -1640,21 +1637,24 @@ def print_evaluation(run, step, name, problems, batch, scores):
     world.print(f"\n{f'step {step}' if step else 'base':8} {name}: Avg@{k} "
                 f"{scores[f'avg@{k}']:.3f} ({scores['avg_low']:.3f} to {scores['avg_high']:.3f}), "
                 f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f}")
-
     share = batch.right.reshape(-1, k).float().mean(dim=1)                      # (problems,)
     number = int((share - 0.5).abs().argmin())
-    group = batch.rows(batch.number == number)
+    print_responses(run, problems[number], batch.rows(batch.number == number))
+
+
+def print_responses(run, problem, group):
+    """Print a problem and three responses; on a terminal colours show the quadrants of tokens."""
     colours = ["", "1;32", "32", "31", "1;31"]          # by quadrant code
-    codes = quadrants(group.right, group.H, group.mask, k)
-    world.print(f"  {printable(problems[number].problem):.76}")
-    for i in range(min(3, k)):
+    codes = quadrants(group.right, group.H, group.mask, len(group.ids))
+    run.world.print(f"  {printable(problem.problem):.76}")
+    for i in range(min(3, len(group.ids))):
         line = "  right  " if group.right[i] else "  wrong  "
         for t, token in enumerate(group.response(i)[:400]):
             text = printable(run.tokenizer.decode([token], skip_special_tokens=True))
             if sys.stdout.isatty():
                 text = f"\033[{colours[codes[i, t]]}m{text}\033[0m"
             line += text
-        world.print(line)
+        run.world.print(line)
 
 
 def printable(text):
@@ -2536,10 +2536,10 @@ def close_run(run):
         world.print(outcome(run, name))
     if run.page:
         world.print(f"Where does the credit go? Open {run.out}/report.html")
-    again = f"--model {run.out}/model --eval-only --eval-samples 64"
     if run.stopped:
-        again = f"--resume {run.out}"
-    world.print(f"{'stopped' if run.stopped else 'done'}; next: python eapo.py {again}")
+        world.print(f"stopped; go on with: python eapo.py --resume {run.out}")
+    elif not run.cfg.eval_only:
+        world.print(f"next: python eapo.py --model {run.out}/model --eval-only --eval-samples 64")
     for number, handler in world.handlers.items():      # as before, for a notebook that goes on
         signal.signal(number, handler)
     if world.size > 1:
@@ -3141,12 +3141,13 @@ def parse_args(argv=None):
 
 def preset(model):
     """The settings that a model changes, by the last part of its name. The model/ of an earlier run
-    has those of that run's model."""
+    has those of that run's model, but for the warm-up, which it has had."""
     folder, name = os.path.split(os.path.normpath(model))
     config = os.path.join(folder, "config.json")
     if name == "model" and os.path.isfile(config):
         with open(config) as file:
-            return preset(json.load(file).get("model", ""))
+            earlier = json.load(file).get("model", "")
+        return preset(earlier) | {"warmup_steps": 0}
     for part, settings in PRESETS.items():
         if part in name and (part != "tiny" or name == "tiny"):
             return settings
