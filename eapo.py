@@ -45,6 +45,7 @@ import argparse
 import cmath
 import contextlib
 import csv
+import errno
 import glob
 import gzip
 import html
@@ -653,27 +654,32 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     run.stopped = any(world.gather(world.signalled))
     if run.stopped:
         return None
-
-    # The loss compares pi_theta with pi_old, so both must come from the same computation. A bf16
-    # copy with a KV cache rounds differently from the policy, which therefore scores the responses.
-    # In fp32 they agree. That is checked on the longest responses, where they would differ first.
-    batch.gap = torch.full([len(batch.ids)], torch.nan)
     if world.bf16 or name == "train":
-        longest = batch.response_len.argsort(descending=True, stable=True)
-        rows = longest if world.bf16 else longest[:4]
-        logp, H = score(run, batch.rows(rows), temperature)                     # (rows, t)
-        t = logp.shape[1]
-        batch.gap[rows] = (logp - batch.old_logp[rows, :t]).abs().sum(dim=1)
-        if world.bf16:
-            batch.old_logp[rows, :t] = logp
-            batch.H[rows, :t] = H
+        compare_with_policy(run, batch, temperature)
     world.begin("other")
 
     batch.number = torch.tensor([number for number, _ in mine for _ in range(samples)]).long()
     mark(run, batch, [problem for _, problem in mine for _ in range(samples)])
-
     batch = concatenate(world.gather(batch))            # what all processes sampled
     return batch.rows(batch.number.argsort(stable=True))
+
+
+def compare_with_policy(run, batch, temperature):
+    """Set `gap` and, if the sampler computes in bf16, replace its old_logp and H by the policy's.
+
+    The loss compares pi_theta with pi_old, so both must come from the same computation, and a bf16
+    copy with a KV cache rounds differently from the policy. In fp32 the two agree, which is checked
+    on the four longest responses, where they would differ first.
+    """
+    longest = batch.response_len.argsort(descending=True, stable=True)
+    rows = longest if run.world.bf16 else longest[:4]
+    logp, H = score(run, batch.rows(rows), temperature)                         # (rows, t)
+    t = logp.shape[1]
+    batch.gap = torch.full([len(batch.ids)], torch.nan)
+    batch.gap[rows] = (logp - batch.old_logp[rows, :t]).abs().sum(dim=1)
+    if run.world.bf16:
+        batch.old_logp[rows, :t] = logp
+        batch.H[rows, :t] = H
 
 
 def mark(run, batch, problems):
@@ -985,7 +991,9 @@ class Policy(torch.nn.Module):
         return outside.index_put((row, t), logp), outside.index_put((row, t), H)
 
 
-LOGITS_AT_ONCE = 2 ** 25        # numbers: 128 MB in fp32
+# Numbers, 128 MB in fp32. On GPUs, where each chunk adds to the gradient of the head in bf16, which
+# rounds, there are fewer chunks, of 1 GB.
+LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 25
 
 
 def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
@@ -3201,6 +3209,10 @@ def main(argv=None):
         return train(cfg)
     except KeyboardInterrupt:                           # later on Ctrl-C ends a step: on_signal
         raise SystemExit("\neapo: stopped; what was saved before is kept") from None
+    except OSError as error:
+        require(error.errno != errno.ENOSPC, f"the disk is full: {error.filename or cfg.out}. Make "
+                "room and go on with --resume; what was saved before is kept")
+        raise
     except torch.OutOfMemoryError as error:
         error.add_note("eapo: out of memory. Smaller --microbatch-tokens help in the update, "
                        "shorter --max-response-tokens everywhere, --offload or more --gpus most")
