@@ -1569,11 +1569,18 @@ def interval(values):
 
 
 def measure(run, batch, sums):
-    """The metrics of a step: of all responses sampled, and of the update, with totals in `sums`.
+    """The metrics of a step, as metrics.jsonl holds them.  sums: totals of the update -> dict
 
-    loss, grad_norm: means over the optimizer steps. clip_fraction: the share of the tokens learned
-    from that the clips left without a gradient. sampler_gap: mean |log pi_sampler - log pi_old| in
-    nats. tokens/Q, advantage/Q: the share of a quadrant in these tokens and in their |credit|.
+        reward, solve_rate          means over all responses sampled
+        entropy                     mean over their tokens, nats
+        response_tokens, response_length, truncated         their sum, their mean, share cut off
+        groups, groups_all_right, groups_all_wrong          sampled, and not learned from
+        loss, grad_norm             means over the optimizer steps
+        clip_fraction               share of the tokens learned from that got no gradient
+        sampler_gap                 mean |log pi_sampler - log pi_old|, nats, where measured
+        seconds, seconds_PHASE, tokens_per_second           of the step without its evaluation
+        peak_memory_bytes           of this GPU
+        tokens/Q, advantage/Q       share of quadrant Q in the tokens learned from, in |credit|
     """
     world = run.world
     world.begin("other")
