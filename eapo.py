@@ -339,7 +339,7 @@ def token_weights(mask, group_size, loss_mean):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 3. The loop: sample, mark, credit, update, evaluate. Parts 4 to 7 explain what it calls.
+# Part 3. The loop: sample, mark, credit, update, evaluate. Parts 4 to 8 explain what it calls.
 # --------------------------------------------------------------------------------------------------
 
 def train(cfg):
@@ -376,7 +376,7 @@ def train(cfg):
         sums = Counter()        # for the metrics
         for mini in mini_batches(run, batch):
             weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)    # (n, T)
-            mini.weight = weight / weight.sum()         # over all processes
+            mini.weight = weight / weight.sum()         # a mini-batch is the same on all processes
             for micro in micro_batches(run, mini):      # of this process
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
@@ -393,14 +393,14 @@ def train(cfg):
         run.done = step
 
         # Evaluate, and save. Watch the solve rate: the loss of a policy gradient does not measure
-        # progress. Its value is near 0 by construction, and only its gradient means something.
+        # progress. Its value stays near 0 for most rules, and only its gradient means something.
         metrics = measure(run, batch, sums)
         bar.set_postfix_str(f"solve rate {metrics['solve_rate']:.0%}, entropy "
                             f"{metrics['entropy']:.3f} nats", refresh=False)
         if run.is_due(step, cfg.eval_every):
             metrics |= evaluate(run, step)
         run.log(step, metrics)
-        resumed_to_its_end = cfg.resume and step == cfg.steps          # leave no older checkpoint
+        resumed_to_its_end = cfg.resume and step == cfg.steps   # no checkpoint older than the model
         if run.is_due(step, cfg.save_every) or resumed_to_its_end:
             save_checkpoint(run)
 
@@ -413,13 +413,13 @@ def train(cfg):
 def assign_credit(batch, cfg):
     """The credit of each token: what takes the place of A_t in (2).  -> (N, T), 0 outside the mask
 
-    `advantage`, `old_logp`, `H` and the other fields of the Batch are set by now, and its rows are
-    all of the step's responses, those of dropped groups too. A rule of your own is a function
-    like the ones below and an entry in CREDIT_RULES. Tokens without credit still count in the
-    denominator of (2). batch.quadrant is set here, too.
+    A rule of your own is a function like the ones below and an entry in CREDIT_RULES. It finds
+    `advantage`, `quadrant`, `old_logp`, `H` and so on in the Batch, whose rows are all of the
+    step's responses, those of dropped groups too. Tokens without credit still count in the
+    denominator of (2).
     """
-    credit = CREDIT_RULES[cfg.method](batch, cfg)                               # (N, T)
     batch.quadrant = quadrants(batch.right, batch.H, batch.mask, cfg.group_size)
+    credit = CREDIT_RULES[cfg.method](batch, cfg)                               # (N, T)
     if cfg.without:
         here = in_quadrants(batch, cfg.without)
         credit = torch.where(here, batch.advantage[:, None], credit)
@@ -644,8 +644,10 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     lm = fill_sampler(run)
     limits = [problem.limit or cfg.max_response_tokens for _, problem in mine]
     most = samples * sum(limits)                        # tokens
-    slots = slots_that_fit(lm, cfg, world.free_memory() - 20 * most)    # bytes kept of each
-    with world.bar(None, f"sampling, {name}", total=most, unit=" tokens", delay=3) as bar:
+    kept = 20 * most                                    # bytes: id 8, log p 4, H 4, random number 4
+    slots = slots_that_fit(lm, cfg, world.free_memory() - kept)
+    with world.bar(None, f"sampling, {name}", total=most, unit=" tokens", delay=3,
+                   leave=False) as bar:
         def keep_on(tokens):
             bar.update(tokens)
             return not world.signalled
@@ -658,8 +660,9 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
         compare_with_policy(run, batch, temperature)
     world.begin("other")
 
-    batch.number = torch.tensor([number for number, _ in mine for _ in range(samples)]).long()
-    mark(run, batch, [problem for _, problem in mine for _ in range(samples)])
+    each = [pair for pair in mine for _ in range(samples)]          # one per response
+    batch.number = torch.tensor([number for number, _ in each], dtype=torch.long)
+    mark(run, batch, [problem for _, problem in each])
     batch = concatenate(world.gather(batch))            # what all processes sampled
     return batch.rows(batch.number.argsort(stable=True))
 
@@ -668,8 +671,8 @@ def compare_with_policy(run, batch, temperature):
     """Set `gap` and, if the sampler computes in bf16, replace its old_logp and H by the policy's.
 
     The loss compares pi_theta with pi_old, so both must come from the same computation, and a bf16
-    copy with a KV cache rounds differently from the policy. In fp32 the two agree, which is checked
-    on the four longest responses, where they would differ first.
+    copy with a KV cache rounds differently from the policy. In fp32 the two should agree; the gap
+    is measured on the four longest responses, where they would differ first.
     """
     longest = batch.response_len.argsort(descending=True, stable=True)
     rows = longest if run.world.bf16 else longest[:4]
@@ -716,7 +719,7 @@ def score(run, batch, temperature):
     world = run.world
     world.begin("score")
     pieces = micro_batch_rows(batch.prompt_len + batch.response_len, world.microbatch_tokens)
-    most = max(world.gather(len(pieces)))
+    most = max(world.gather(len(pieces)))               # under FSDP all run the model equally often
     pieces += [torch.arange(0)] * (most - len(pieces))
     all_logp = torch.zeros(batch.mask.shape)
     all_H = torch.zeros(batch.mask.shape)
@@ -760,8 +763,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     max_tokens = max(limits, default=0)
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
-    # What is kept of each response. Row N is scrap paper for idle slots: they are computed with
-    # the others, which is simpler than taking them out.
+    # What is kept of each response. Row N takes what idle slots write: they are computed with the
+    # others, which is simpler than taking them out.
     tokens = torch.zeros(N + 1, max_tokens, dtype=torch.long, device=device)
     logp = torch.zeros(N + 1, max_tokens, device=device)
     H = torch.zeros(N + 1, max_tokens, device=device)
@@ -771,7 +774,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     limit = limit.to(device)
     u = torch.zeros(N + 1, max_tokens)                                          # random numbers
     for rows, seed in zip(u.split(G), seeds):
-        rows.uniform_(generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        rows.copy_(torch.rand(max_tokens, G, generator=generator).T)    # token by token
     u = u.to(device)
 
     # What each slot is doing.
@@ -783,8 +787,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
 
     waiting = list(range(len(prompts)))
     while waiting or (response < N).any():
-        # Prefill. It gives no logits: the first decode step reads the last prompt token again,
-        # writes the same key and value, and draws from there.
+        # Prefill. We skip its logits: the first decode step reads the last prompt token once more,
+        # writes the same key and value again, and draws from there.
         free = (response == N).nonzero()[:, 0]
         at_once = max(1, 16384 // room)                 # bounds the memory that reading takes
         n = min(len(free) // G, len(waiting), at_once)
@@ -797,7 +801,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
                 newest[group] = prompts[i][-1]
                 place[group] = len(prompts[i]) - 1
 
-        # When nothing waits any more, give up idle slots, several at once: it copies the cache.
+        # When nothing waits any more, give up idle slots. It copies the cache, so only when a fifth
+        # of them are idle.
         busy = (response < N).nonzero()[:, 0]
         if not waiting and len(busy) <= 0.8 * len(response):
             response = response[busy]
@@ -810,7 +815,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
 
         # Decode: one more token in every slot. (On a GPU, most of this time goes into launching
         # kernels one by one. A CUDA graph would belong here, with `width` fixed.)
-        width = int(place.max()) + 1                    # no slot is filled further
+        width = int(place.max()) + 1                    # all slots are empty beyond
         for layer in cache.layers:
             layer.place = place
             layer.width = width
@@ -829,7 +834,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         response = response.masked_fill(over, N)
         if keep_on and not keep_on(len(busy)):
             break
-        place = place.masked_fill(over, 0)              # an idle slot stays where it is
+        place = place.masked_fill(over, 0)              # an idle slot keeps writing over place 0
         t = t.masked_fill(over, 0)
 
     # What was kept, without the scrap row, cut to the longest response.
@@ -841,7 +846,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     T = batch.mask.shape[1]
     batch.old_logp = logp[:N, :T].cpu().clone()         # no view: processes exchange whole tensors
     batch.H = H[:N, :T].cpu().clone()
-    batch.ended = torch.tensor([row[-1] in stop_ids for row in responses]).bool()
+    ended = [row != [] and row[-1] in stop_ids for row in responses]
+    batch.ended = torch.tensor(ended, dtype=torch.bool)
     return batch
 
 
@@ -929,8 +935,8 @@ def draw(logits, u, temperature, top_p):
         p, order = p.sort(dim=-1, descending=True)
         before = p.cumsum(dim=-1) - p                   # what the likelier tokens hold together
         p = p.masked_fill(before >= top_p, 0)
-    # In double precision, because a sum in fp32 may fall from one token to the next on a GPU. The
-    # sum of p is not exactly 1, so u is stretched to it.
+    # In double precision, because a parallel sum in fp32 need not rise from token to token. The sum
+    # of p is not exactly 1, so u is stretched to it.
     ends = p.double().cumsum(dim=-1)                                            # (rows, V)
     point = u[:, None] * ends[:, -1:]                                           # (rows, 1)
     place = torch.searchsorted(ends, point, right=True)                         # (rows, 1)
@@ -991,15 +997,15 @@ class Policy(torch.nn.Module):
         return outside.index_put((row, t), logp), outside.index_put((row, t), H)
 
 
-# Numbers, 128 MB in fp32. On GPUs, where each chunk adds to the gradient of the head in bf16, which
-# rounds, there are fewer chunks, of 1 GB.
+# How many logits at a time: 128 MB in fp32, and 1 GB on GPUs. There each chunk rounds the gradient
+# of the head, which is summed in bf16, so chunks should be few.
 LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 25
 
 
 def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
-    """The same from hidden states (M, D) and the head's weight (V, D), without an (M, V) matrix.
+    """`log_prob_and_entropy` of hidden states (M, D) and the head's weight (V, D), without (M, V).
 
-    That matrix would be the largest thing in training: 4096 tokens at V = 152,064 are 2.5 GB of
+    A matrix (M, V) would be the largest thing in training: 4096 tokens at V = 152,064 are 2.5 GB of
     logits, several times over with gradients. So tokens go through the head a chunk at a time, and
     `checkpoint` keeps nothing of a chunk: backward computes its logits again.
     """
@@ -1034,13 +1040,14 @@ def micro_batches(run, batch):
     """This process's rows of a batch, in pieces that fit in memory, on the device that computes.
 
     All processes must run the model equally often, and in every round they wait for the largest
-    piece. So the pieces are cut for all of them together, and as small as the number of rounds
-    allows, which makes them alike. In the last round some may be empty.
+    piece. So the rows are cut once for all processes, sorted by length, and dealt out in turn: the
+    pieces of one round are alike. In the last round some may be empty.
     """
     world = run.world
     tokens = world.microbatch_tokens
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, tokens)
+    # Shrink the pieces until one more round would be needed.
     rounds = math.ceil(len(pieces) / world.size)
     while world.size > 1 and tokens > max(lengths):
         tokens = int(0.9 * tokens)
@@ -1226,14 +1233,15 @@ def addition_kinds(tokens):
     """
     kinds = []
     column = 0
-    place = 0                   # in the column; 3 is just after the two digits and their +
+    place = 0                   # in the column
+    after_digits = 3            # and their +
     for token in tokens:
         kind = "rest"
         if token.isalpha():
             kind = "letter"
         elif place == 0 and token.isdigit():
             kind = "order"
-        elif place == 3 and column > 0 and token in ("+", "="):
+        elif place == after_digits and column > 0 and token in ("+", "="):
             kind = "carry"
         kinds.append(kind)
         place += 1
@@ -1373,7 +1381,10 @@ def read_rows(source, split):
     if extension == "parquet":
         return list(datasets.load_dataset(extension, data_files=source, split="train"))
 
-    name, *parts = [source] if os.path.exists(source) else source.split(":")
+    name, *parts = source.split(":")
+    if os.path.exists(source):                          # a folder with a colon, as on Windows
+        name = source
+        parts = []
     if glob.glob(f"{glob.escape(name)}/state.json") or os.path.exists(f"{name}/dataset_dict.json"):
         splits = datasets.load_from_disk(name)
     else:
@@ -1382,10 +1393,11 @@ def read_rows(source, split):
         splits = datasets.load_dataset(name, config)
     if isinstance(splits, datasets.Dataset):
         splits = {"train": splits}
-    usual = ["test", "validation"] if split == "eval" else ["train"]
-    there = [part for part in parts or usual if part in splits]
-    require(there, f"{source} has no split {(parts or usual)[0]}: name one of "
-            f"{', '.join(splits)}, as in {name}:{list(splits)[0]}")
+    wanted = ["test", "validation"] if split == "eval" else ["train"]
+    wanted = parts or wanted
+    there = [part for part in wanted if part in splits]
+    require(there, f"{source} has no split {wanted[0]}: name one of {', '.join(splits)}, as in "
+            f"{name}:{list(splits)[0]}")
     return list(splits[there[0]])
 
 
@@ -1472,6 +1484,8 @@ def evaluate(run, step):
     cfg = run.cfg
     k = cfg.eval_samples
     metrics = {}
+    if not run.history:
+        explain_scores(run)
     for name, problems in run.eval_sets.items():
         numbered = list(enumerate(problems))
         batch = sample_and_mark(run, numbered, name, k, cfg.eval_temperature, cfg.eval_top_p)
@@ -1483,7 +1497,11 @@ def evaluate(run, step):
         print_evaluation(run, step, name, problems, batch, scores)
         write_responses(run, step, name, problems, batch)
         if name == list(run.eval_sets)[0]:
+            if step == 0:
+                warn_of_long_steps(run, int(batch.response_len.sum()))
             metrics |= look_closely(run, step, name, problems, batch)
+        if run.stopped:
+            return {}
     empty_sampler(run)
     return metrics
 
@@ -1519,20 +1537,21 @@ def eval_metrics(batch, k, every_k):
 def outcome(run, name):
     """What came of a run: the first and the last evaluation of a set, in words."""
     avg = f"avg@{run.cfg.eval_samples}"
-    rows = []
-    for row in run.history:
-        if f"eval/{name}/{avg}" in row:
-            rows.append([row["step"], *(row[f"eval/{name}/{key}"] for key in
-                                        (avg, "avg_low", "avg_high"))])
-    step, score, low, high = rows[-1]
-    _, first, first_low, first_high = rows[0]
+    rows = [row for row in run.history if f"eval/{name}/{avg}" in row]
+    if not rows:
+        return f"{name} was not evaluated"
+
+    def scores(row):
+        return [row[f"eval/{name}/{key}"] for key in ("avg_low", avg, "avg_high")]
+    first_low, first, first_high = scores(rows[0])
+    low, last, high = scores(rows[-1])
     text = f"{avg.title()} on {name}: {first:.3f}"
     if len(rows) == 1:
         return text
     verdict = "no difference is shown, as their 95% intervals overlap"
     if low > first_high or high < first_low:
-        verdict = f"{'better' if score > first else 'worse'} beyond their 95% intervals"
-    return f"{text} before, {score:.3f} after {step} steps: {verdict}"
+        verdict = f"{'better' if last > first else 'worse'} beyond their 95% intervals"
+    return f"{text} before, {last:.3f} after {rows[-1]['step']} steps: {verdict}"
 
 
 def sparkline(values):
@@ -1637,21 +1656,24 @@ def write_responses(run, step, name, problems, batch):
             file.write(json.dumps(row, default=str) + "\n")
 
 
+def explain_scores(run):
+    """Say once what the numbers and the colours of evaluations mean."""
+    k = run.cfg.eval_samples
+    run.world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its 95% "
+                    f"interval;\nPass@{k} the share of problems with a right try; entropy is in nats "
+                    "per token.")
+    if sys.stdout.isatty():
+        run.world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; tokens "
+                        "in \033[1mbold\033[0m have an entropy above\nthe mean of the tries.")
+
+
 def print_evaluation(run, step, name, problems, batch, scores):
     """Print the scores, and responses to the problem of which about half are right."""
-    world = run.world
     k = run.cfg.eval_samples
-    if not run.history:
-        world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its 95% "
-                    f"interval;\nPass@{k} the share of problems with a right try; entropy is in "
-                    "nats per token.")
-        if sys.stdout.isatty():
-            world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; "
-                        "\033[1mbold\033[0m tokens have an entropy above\nthe mean of the tries.")
-        warn_of_long_steps(run, int(batch.response_len.sum()))
-    world.print(f"\n{f'step {step}' if step else 'base':8} {name}: Avg@{k} "
-                f"{scores[f'avg@{k}']:.3f} ({scores['avg_low']:.3f} to {scores['avg_high']:.3f}), "
-                f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f}")
+    when = f"step {step}" if step > 0 else "base"
+    run.world.print(f"\n{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f} "
+                    f"({scores['avg_low']:.3f} to {scores['avg_high']:.3f}), "
+                    f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f}")
     share = batch.right.reshape(-1, k).float().mean(dim=1)                      # (problems,)
     number = int((share - 0.5).abs().argmin())
     print_responses(run, problems[number], batch.rows(batch.number == number))
@@ -1698,27 +1720,27 @@ def true_credit(run, batch, problems, at_most, n=16):
     """
     # 1. Find the pairs. Responses begin alike, and a pair that several share is continued once.
     decisions = {}                                      # i: those of response i
-    value = {}                                          # (s, v): V(s, v), known after 2.
+    needed = {}                                         # the pairs, in order, each once
     for i in range(len(batch.ids)):
         # Rounding may differ between GPUs, so all processes take what the first finds.
         found = run.world.gather(find_decisions(run, batch, i))[0]
         pairs = {pair: None for _, _, pi in found for pair in pi}
-        if len(value | pairs) <= at_most:
-            value |= pairs
+        if len(needed | pairs) <= at_most:
+            needed |= pairs
             decisions[i] = found
 
-    # 2. Continue them.
-    run.world.print(f"measuring credit: {n * len(value)} continuations")
-    rests = [rest_of(run, problems[number], begun) for number, *begun in value]
+    # 2. Continue them. A pair is a tuple (number of the problem, *s, v).
+    run.world.print(f"measuring credit: {n * len(needed)} continuations")
+    rests = [rest_of(run, problems[number], begun) for number, *begun in needed]
     numbered = list(enumerate(rests))
     tries = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
     if run.stopped:
         return
     right = tries.right.reshape(-1, n).float()                                  # (pairs, n)
-    value = dict(zip(value, right.mean(dim=1)))
+    value = dict(zip(needed, right.mean(dim=1)))        # V(s, v)
 
-    # 3. Apply the formulas. V is the same at all tokens from one decision to the next, so the last
-    # decision comes first, and each sets V up to its own place. After the last, V is the verdict.
+    # 3. Apply the formulas. V changes at decisions only, and after the last it is the verdict. Going
+    # backwards, each decision writes over V at its own place and before.
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -1763,8 +1785,8 @@ def find_decisions(run, batch, i):
 def rest_of(run, problem, begun):
     """The problem of finishing a response that begins with these tokens."""
     text = run.tokenizer.decode(begun, skip_special_tokens=True)
-    left = run.cfg.max_response_tokens - len(begun)
-    over = begun[-1] in run.stop_ids or left <= 0       # what is sampled then is not looked at
+    left = (problem.limit or run.cfg.max_response_tokens) - len(begun)
+    over = begun[-1] in run.stop_ids or left <= 0       # one token is sampled then, and ignored
 
     def check(rest, answer):
         check_all = problem.check or is_correct
@@ -1778,7 +1800,7 @@ def value_and_information(pi, values, n):
     def h(x, variance):
         # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)).
         # Left uncorrected, I would be too high by about (1 - sum pi^2) / (2 n). Where V is near 0
-        # or 1 an error of up to 1 / (4 n) remains. A single estimate of I may fall below 0.
+        # or 1 an error of up to .3 / n remains. A single estimate of I may fall below 0.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
@@ -1797,6 +1819,7 @@ def look_closely(run, step, name, problems, batch):
     if not run.page:
         share = batch.right.reshape(-1, k).float().mean(dim=1)                  # (problems,)
         order = (share - 0.5).abs().argsort(stable=True)
+        run.page["set"] = name
         run.page["problems"] = order[:max(1, cfg.credit_problems)].tolist()
     chosen = torch.tensor(run.page["problems"])
     few = batch.rows(torch.isin(batch.number, chosen))
@@ -1852,7 +1875,10 @@ def credit_by_rule(run, batch):
         return {}
     cfg = SimpleNamespace(**vars(run.cfg))
     cfg.group_size = cfg.eval_samples
-    credits = {method: rule(batch, cfg) for method, rule in CREDIT_RULES.items()}
+    cfg.without = cfg.quadrants = ""
+    credits = {}
+    for cfg.method in CREDIT_RULES:
+        credits[cfg.method] = assign_credit(batch, cfg)
     cfg.alpha = 1.9
     cfg.phi = 2.0
     credits["eapo, 1.9"] = eapo_credit(batch, cfg)
@@ -1884,15 +1910,19 @@ def credit_by_rule(run, batch):
 # degrees, and a base that only the gold states (204_5). Not ignored are the order in points, the
 # kind of brackets, repeated elements, other letters (4abcd is a product), and a variable that
 # cancels (5+0x is not 5). 1,234 is a number or a list, 50% is 50 or 1/2. A gold with a decimal of
-# three or more digits stands for all that rounds to it: for 16.67, 50/3 is right, but not 16.67 for
-# 50/3. What cannot be read (|x|, n!, \pm, \sin^2, \sum, ...) only equals the same tokens.
+# three or more digits stands for what rounds to it, within 0.11%: for 16.67, 50/3 is right, but not
+# 16.67 for 50/3. What cannot be read (|x|, n!, \pm, \sin^2, ...) only equals the same tokens.
+#
+# It judges values: 2+2 is as right as 4. If a problem is itself the sum to compute, an answer that
+# repeats it is paid; a task can bring a check of its own.
 
 LONGEST_ANSWER = 500    # characters: work is bounded before it is done, so no time-out is needed
 MOST_TOKENS = 120       # of an answer; longer ones only equal the same tokens
 MOST_BITS = 10_000      # of an exact number: 9^{9^9} is refused before it is computed
 POINTS = 3              # at which answers are compared
 
-# Other spellings, first in the text, then of tokens, and tokens that do not change the value.
+# Other spellings: first in the text, where ' comes to separate thousands, then of tokens, where the
+# first in each row replaces the others. IGNORED are tokens that do not change the value.
 CHARACTERS = {r"\displaystyle": "", "{,}": "'", r",\! ": "'", r",\!": "'", "<=": "≤", ">=": "≥",
               "!=": "≠", "{pmatrix}": "", "{bmatrix}": ""}
 SPELLINGS = r"""\frac \dfrac \tfrac \cfrac | \sqrt √ sqrt | \pi π pi | \theta θ | \infty ∞ | } \}
@@ -1910,9 +1940,10 @@ VARIABLES = {*ascii_letters, *r"""\alpha \beta \gamma \delta \epsilon \theta \la
 UNITS = set("""cm mm km kg ft mph square cubic units inches feet yards miles meters pounds dollars
                cents hours minutes seconds days years""".split())
 TEXT_UNITS = set("mghsLNJWVACFK")   # units only within \text{}
-NO_UNITS = set('"half "dozen "hundred "thousand "million "billion "am "pm "AM "PM'.split())
+NO_UNITS = set("""half dozen hundred thousand million billion trillion tenth hundredth thousandth
+                  squared cubed factorial am pm AM PM""".split())
 
-CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, "°": Fraction(1)}  # 60^\circ is 60^1
+CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, "°": Fraction(1)}      # 60^\circ is 60^1
 FUNCTIONS = {
     r"\sin": cmath.sin, r"\cos": cmath.cos, r"\tan": cmath.tan, r"\log": cmath.log,
     r"\exp": cmath.exp, r"\arcsin": cmath.asin, r"\arccos": cmath.acos, r"\arctan": cmath.atan,
@@ -1922,9 +1953,11 @@ ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 BRACKETS = {"(": ")]", "[": ")]", "{": "}", r"\{": "}", r"\begin": [r"\end"]}  # what closes them
 DIGITS = digits + "."   # what a number starts with
 END = "end"             # of the answer
+UNREADABLE = (ArithmeticError, ValueError, TypeError, RecursionError)   # TypeError: a list in a sum
 
 # How tightly symbols bind, the last ones tightest. A symbol that is not listed is a factor without
-# a sign, like x in 2x, and binds tighter still. Not so functions: \sin x ends before \cos x.
+# a sign, like x in 2x. The argument of a function goes on over factors, and ends before + - * / and
+# before another function.
 LEVELS = [r"end ) ] } \end", r"\\", "&", ",", "= ≠ < ≤ > ≥", ":", "+ -", "* /"]
 STRENGTH = {symbol: n for n, symbols in enumerate(LEVELS) for symbol in symbols.split()}
 SUM_STRENGTH = STRENGTH["+"]
@@ -1979,9 +2012,9 @@ def same_answer(prediction, gold):
     """Whether two answers in LaTeX are equal in one reading: 1,234 is a number or a list."""
     if max(len(prediction), len(gold)) > LONGEST_ANSWER:
         return False
-    readings = ["'", "',"] if "," in prediction + gold else ["'"]
+    thousands = ["'", "',"] if "," in prediction + gold else ["'"]      # what may separate them
     return any(same_meaning(scan_answer(prediction, separators), scan_answer(gold, separators))
-               for separators in readings)
+               for separators in thousands)
 
 
 def same_meaning(ours, gold):
@@ -1990,7 +2023,8 @@ def same_meaning(ours, gold):
     name, value = split_name(gold)
     if our_name and name and our_name != name:
         return False
-    # Equations stay whole: 2y = 4x is y = 2x. But 2x = 6, maybe the problem, does not answer x = 3.
+    # If either is an equation, both are compared whole: 2y = 4x is y = 2x. But 2x = 6, which may be
+    # the problem, does not answer x = 3.
     if "=" in value:
         answer = ours
     if "=" in answer and any(map(is_variable, value)):
@@ -2007,8 +2041,7 @@ def same_meaning(ours, gold):
         readings = ["1", "100"] if "%" in answer + value else ["1"]
         return any(values_agree(read_answer(answer, whole), read_answer(value, whole), slack)
                    for whole in readings)
-    except (ArithmeticError, ValueError, TypeError, RecursionError):
-        # unreadable, or a list in place of a number
+    except UNREADABLE:
         return False
 
 
@@ -2019,11 +2052,11 @@ def answer_in_words(text):
         return "words"
     try:
         value = read_answer(tokens, "100")
-    except (ArithmeticError, ValueError, TypeError, RecursionError):
+        if isinstance(value, Structure):
+            return f"{value.kind} of {len(value.parts)} parts"
+        return f"the number {value[0]}" if is_constant(value) else "a formula"
+    except UNREADABLE:
         return None
-    if isinstance(value, Structure):
-        return f"{value.kind} of {len(value.parts)} parts"
-    return f"the number {value[0]}" if is_constant(value) else "a formula"
 
 
 def split_name(tokens):
@@ -2082,7 +2115,7 @@ def scan_tokens(text, separators, is_prose):
     tokens = []
     while text:
         if text[0] in DIGITS:
-            is_list = not {",", "(", "[", r"\{"}.isdisjoint(tokens)
+            is_list = any(token in (",", "(", "[", r"\{") for token in tokens)
             number, text = split_number(text, "'" if is_list else separators)
             tokens.append(number)
             continue
@@ -2127,7 +2160,7 @@ def split_number(text, separators):
     number = text[:size].replace(",", "").replace("'", "")
     rest = text[size:]
     exponent = run_in_front(rest[1:], digits + "+-")
-    # 3e-5 is 3 e - 5
+    # 3e-5 is e times 3, minus 5
     is_clear = "." in number or exponent.isdecimal() or len(exponent) > 2
     if rest.startswith("e") and is_clear and 0 < len(exponent) < 5:
         return number + "e" + exponent, rest[1 + len(exponent):]
@@ -2268,7 +2301,7 @@ def read_parts(stack, first):
             parts.append(read_expression(stack, STRENGTH[separator]))
     if separator in "=≠<≤>≥" and [type(part) for part in parts] == [list, list]:
         difference = compute_number(sub, *parts)
-        # 0 for 2 = 3, which is then refused
+        # without variables it is 0, and the division refuses 2 = 3
         change = difference[0] - difference[1]
         factor = change if separator in "=≠" else abs(change)
         parts = [[value / factor for value in difference]]
@@ -2282,7 +2315,7 @@ def skip_unit(stack, value):
         stack.pop()
         read_operand(stack)
     is_last = stack[-1][0] == '"' or STRENGTH.get(stack[-1], len(LEVELS)) < SUM_STRENGTH
-    if unit in NO_UNITS or not is_constant(value) or not is_last:
+    if unit[1:].removesuffix("s") in NO_UNITS or not is_constant(value) or not is_last:
         raise ValueError("words that may change the value")
 
 
@@ -2455,7 +2488,7 @@ class World:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def free_memory(self):
-        """Bytes that this process may still fill, of its GPU or, on a CPU, of the machine."""
+        """Bytes that this process may fill: what is free of its GPU, or its share of the machine."""
         if self.device.type != "cuda":
             return self.host_memory()
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -2490,7 +2523,6 @@ class World:
         if self.rank == 0:
             with contextlib.suppress(OSError):          # the terminal may be gone
                 os.write(2, b"\neapo: stopping; Ctrl-C again stops at once, without saving\n")
-
 
 
 def open_run(cfg):
@@ -2549,9 +2581,9 @@ def close_run(run):
         world.print(f"solve rate {rates[0]:.0%} {sparkline(rates)} {rates[-1]:.0%} in training")
     for name in run.eval_sets if run.history else []:
         world.print(outcome(run, name))
-    if run.page:
+    if "base" in run.page:
         world.print(f"Where does the credit go? Open {run.out}/report.html")
-    if run.stopped:
+    if run.stopped and run.done < run.cfg.steps:
         world.print(f"stopped; go on with: python eapo.py --resume {run.out}")
     elif not run.cfg.eval_only:
         world.print(f"next: python eapo.py --model {run.out}/model --eval-only --eval-samples 64")
@@ -2670,7 +2702,7 @@ def check_memory(cfg, world):
     copy = (2 if world.bf16 else 4) * parameters * world.sharded
     world.print(f"{cfg.model}: {parameters / 1e6:.1f}M parameters on {world.size} x "
                 f"{world.device.type}. GB per process: {state / 1e9:.2f} for weights, gradients "
-                f"and moments, {copy / 1e9:.2f} for the copy that samples; free are "
+                f"and moments, {copy / 1e9:.2f} for the copy that samples; there are "
                 f"{world.free_memory() / 1e9:.2f}, and {world.host_memory() / 1e9:.2f} of the host")
     if cfg.offload and world.device.type == "cuda":
         require(state < world.host_memory(),
@@ -2858,7 +2890,7 @@ def save_checkpoint(run):
     with one_line_errors(path):
         dcp.save(checkpoint_state(run), checkpoint_id=path + ".new")
     if run.world.rank == 0:
-        replace_folder(path)
+        os.replace(path + ".new", path)
         for old in checkpoints(run.out)[:-2]:
             shutil.rmtree(old)
     run.world.gather(None)                              # nobody goes on before it is there
@@ -2879,16 +2911,18 @@ def load_checkpoint(run):
     run.stream.position = state["position"]
     run.done = state["step"]
     run.page = json.loads(state["page"])
+    if run.done == 0:           # to save an unused optimizer, torch has let it take an empty step
+        run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
-    # The steps after the checkpoint will be done again: take them out of the logs.
-    for name in ("responses.jsonl", "metrics.jsonl"):
-        path = f"{run.out}/{name}"
-        rows = read_log(path, last_step=run.done)
-        run.world.gather(None)                          # all have read it
-        if run.world.rank == 0:
-            replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
-    run.history = rows
+    # What comes after the checkpoint will be done again: take it out of the logs.
+    run.history = read_log(f"{run.out}/metrics.jsonl", last_step=run.done)
+    last_step = run.history[-1]["step"] if run.history else -1
+    responses = read_log(f"{run.out}/responses.jsonl", last_step)
+    run.world.gather(None)                              # all have read them
     if run.world.rank == 0:
+        for name, rows in (("metrics.jsonl", run.history), ("responses.jsonl", responses)):
+            lines = [json.dumps(row) + "\n" for row in rows]
+            replace_file(f"{run.out}/{name}", "".join(lines))
         write_settings(run)
 
 
@@ -3009,12 +3043,11 @@ def token_html(text, fork, numbers):
 
 def write_page(run):
     """Write report.html, if there was an evaluation."""
-    if run.world.rank > 0 or not run.page:
-        return
+    if run.world.rank > 0 or "base" not in run.page or not run.history:
+        return                                          # nothing was evaluated to the end
     cfg = run.cfg
-    name = list(run.eval_sets)[0]
+    name = run.page["set"]
     avg = f"Avg@{cfg.eval_samples}"
-    step = run.history[-1]["step"]
     evaluated = [row for row in run.history if f"eval/{name}/entropy" in row]
 
     def column(key):
@@ -3026,10 +3059,10 @@ def write_page(run):
     H = column("entropy")
     latest = ""
     if "latest" in run.page:
-        latest = f'<label><input type="radio" name="at" id="latest">step {step}</label>'
+        latest = f'<label><input type="radio" name="at" id="latest">step {steps[-1]}</label>'
 
     replace_file(f"{run.out}/report.html", f"""{PAGE_HEAD}
-<p>{cfg.method.upper()}, step {step} of {cfg.steps}. {shown(outcome(run, name))}.
+<p>{cfg.method.upper()}, step {run.history[-1]["step"]} of {cfg.steps}. {shown(outcome(run, name))}.
 <br><code>{shown(command(cfg))}</code></p>
 <fieldset><legend>Responses at</legend>
 <label><input type="radio" name="at" id="base" checked>step {steps[0]}</label> {latest}</fieldset>
@@ -3039,7 +3072,7 @@ def write_page(run):
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
 within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
 verdict it removed. Both are in nats, and I is at most H, but for the error of sampling. Below each
-token: the credit it was given, <i class="up key"></i> up or <i class="down key"></i> down. Forks,
+token: the credit that a rule gives it, <i class="up key"></i> up or <i class="down key"></i> down. Forks,
 with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token, tap it,
 or press Tab for its numbers; p is its probability, V the chance before it to be right.</p>
 <main style="--nat:{run.page["pixels"]:.1f}px"><div>{run.page["base"]}{run.page.get("latest", "")}
@@ -3175,9 +3208,7 @@ MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", 
 
 def resumed_settings(folder):
     """The settings of a run to continue."""
-    path = os.path.join(folder, "config.json")
-    require(os.path.isfile(path), f"{path}: no such file; --resume takes the folder of a run")
-    with open(path) as file:
+    with one_line_errors(f"--resume {folder}"), open(f"{folder}/config.json") as file:
         saved = json.load(file)
     settings = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
     return settings | {"out": folder, "resume": folder}
