@@ -60,6 +60,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -352,7 +353,7 @@ def train(cfg):
         load_checkpoint(run)
     else:
         warm_up(run)            # supervised, and only if the settings ask for it
-    if not run.history:
+    if run.done == 0 and not run.history:
         run.log(0, evaluate(run, step=0))
 
     bar = world.bar(range(run.done + 1, cfg.steps + 1), cfg.method)
@@ -1288,7 +1289,7 @@ def load_problems(run, source, split):
         if len(problems) < len(rows):
             run.world.print(f"{source}: {len(rows) - len(problems)} of {len(rows)} rows left out, "
                             "whose solution has no \\boxed{} answer")
-    with one_line_errors(f"the chat template of {run.cfg.model}"):
+    with one_line_errors(f"the tokenizer or the chat template of {run.cfg.model}"):
         for problem in run.world.bar(problems, f"tokens of {source}", delay=2, leave=False):
             problem.ids = prompt_ids(run.tokenizer, problem)
 
@@ -1354,7 +1355,7 @@ def gold_answer(value, where):
     """The gold answer in a column: text, a number, or a list of alternatives; else an error."""
     golds = []
     for gold in value if isinstance(value, list) else [value]:
-        if isinstance(gold, str):
+        if isinstance(gold, str) and extract_answer(gold) is None:
             gold = gold.rpartition("####")[2].strip()   # GSM8K writes the answer after these
         is_number = isinstance(gold, (int, float)) and abs(gold) < math.inf     # nan is not
         require(is_number or isinstance(gold, str) and gold,
@@ -1375,26 +1376,30 @@ def read_rows(source, split):
     extension = source.lower().removesuffix(".gz").rpartition(".")[2]
     if extension in ("json", "jsonl", "csv"):
         # Not by `datasets`, which would turn a gold such as 2024-01-01 into a time.
-        opener = gzip.open if source.endswith(".gz") else open
+        opener = gzip.open if source.lower().endswith(".gz") else open
         with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
             return read_csv(source, file) if extension == "csv" else read_json(source, file.read())
     if extension == "parquet":
         return list(datasets.load_dataset(extension, data_files=source, split="train"))
 
-    name, *parts = source.split(":")
+    address, bracket, some_rows = source.partition("[")         # as in ID:train[:1000]
+    name, *parts = address.split(":")
     if os.path.exists(source):                          # a folder with a colon, as on Windows
         name = source
         parts = []
     if glob.glob(f"{glob.escape(name)}/state.json") or os.path.exists(f"{name}/dataset_dict.json"):
         splits = datasets.load_from_disk(name)
     else:
-        configs = datasets.get_dataset_config_names(name)
-        config = parts.pop(0) if parts and parts[0] in configs else None
+        is_config = len(parts) > 1 or parts and parts[0] in datasets.get_dataset_config_names(name)
+        config = parts.pop(0) if is_config else None
+        if bracket and parts:
+            return list(datasets.load_dataset(name, config, split=parts[0] + bracket + some_rows))
         splits = datasets.load_dataset(name, config)
     if isinstance(splits, datasets.Dataset):
         splits = {"train": splits}
     wanted = ["test", "validation"] if split == "eval" else ["train"]
-    wanted = parts or wanted
+    if parts:
+        wanted = [":".join(parts)]
     there = [part for part in wanted if part in splits]
     require(there, f"{source} has no split {wanted[0]}: name one of {', '.join(splits)}, as in "
             f"{name}:{list(splits)[0]}")
@@ -1435,17 +1440,19 @@ def prompt_ids(tokenizer, problem):
     A chat template writes all that surrounds the problem, BOS included. Without one, the paper's
     instruction follows the problem, and the tokenizer adds its BOS.
     """
-    messages = problem.messages or [{"role": "user", "content": problem.problem}]
+    messages = conversation_of(problem)
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        require(problem.problem.strip() in text, "the chat template leaves the problem out: it "
-                f"makes {text!r:.80}. Use a model or tokenizer whose template takes plain text")
-        return tokenizer(text, add_special_tokens=False).input_ids
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     text = "\n".join(message["content"] for message in messages)
     ids = tokenizer(text + INSTRUCTION).input_ids
     if ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
+
+
+def conversation_of(problem):
+    """The prompt of a problem as chat messages."""
+    return problem.messages or [{"role": "user", "content": problem.problem}]
 
 
 class Stream:
@@ -1582,6 +1589,8 @@ def pass_at_k(n, c, k):
 def interval(values):
     """The 95% interval of a mean over problems, by bootstrap.  (problems,) -> (2,)"""
     n = len(values)
+    if values.min() == values.max():                    # no spread to draw from: the rule of three
+        return values[0] + torch.tensor([-3 / n, 3 / n]).clamp(-values[0], 1 - values[0])
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(n, (2000, n), generator=generator)    # 2000 samples with replacement
     return torch.quantile(values[draws].mean(dim=1), torch.tensor([0.025, 0.975]))
@@ -1659,9 +1668,9 @@ def write_responses(run, step, name, problems, batch):
 def explain_scores(run):
     """Say once what the numbers and the colours of evaluations mean."""
     k = run.cfg.eval_samples
-    run.world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its 95% "
-                    f"interval;\nPass@{k} the share of problems with a right try; entropy is in nats "
-                    "per token.")
+    run.world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its "
+                    f"95% interval;\nPass@{k} the share of problems with a right try; entropy is in "
+                    "nats per token.")
     if sys.stdout.isatty():
         run.world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; tokens "
                         "in \033[1mbold\033[0m have an entropy above\nthe mean of the tries.")
@@ -1739,8 +1748,8 @@ def true_credit(run, batch, problems, at_most, n=16):
     right = tries.right.reshape(-1, n).float()                                  # (pairs, n)
     value = dict(zip(needed, right.mean(dim=1)))        # V(s, v)
 
-    # 3. Apply the formulas. V changes at decisions only, and after the last it is the verdict. Going
-    # backwards, each decision writes over V at its own place and before.
+    # 3. Apply the formulas. V changes at decisions only, and after the last it is the verdict.
+    # Going backwards, each decision writes over V at its own place and before.
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -2400,14 +2409,19 @@ def one_line_errors(source):
     """Turn what goes wrong with a file, a model, a disk or the network into one line."""
     try:
         yield
-    except (Exception, dcp.CheckpointException) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:       # the latter is a BaseException
         message = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+        remedies = [remedy for sign, remedy in REMEDIES.items() if sign in message]
         message = " ".join(message.split())
         if len(message) > 400:
             message = f"{message[:200]} .. {message[-200:]}"
-        for sign, remedy in REMEDIES.items():
-            if sign in message:
-                message = f"{remedy} ({message})"
+        if remedies:
+            message = f"{remedies[0]} ({message})"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if not isinstance(error, OSError):
+            message += f" [{os.path.basename(place.filename)}, line {place.lineno}]"
         raise SystemExit(f"eapo: cannot use {source}: {message}") from error
 
 
@@ -2418,6 +2432,16 @@ REMEDIES = {        # what an error of a library says, and what to do then
     "custom code": "code that comes with a model is never run here",
     "No space left": "make room on the disk",
 }
+
+
+class Bar(tqdm):
+    """A progress bar that gives up in silence when nobody reads it any more: see World.print."""
+
+    def display(self, *args, **kwargs):
+        try:
+            super().display(*args, **kwargs)
+        except OSError:
+            self.disable = True
 
 
 class World:
@@ -2438,7 +2462,6 @@ class World:
         self.sharded = self.size > 1 or self.bf16
         self.microbatch_tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
         self.signalled = 0                              # when, if a signal has come
-        self.handlers = {}                              # of signals, from before the run
         self.phase = "other"
         self.start_clock()
         if self.sharded and not dist.is_initialized():
@@ -2488,7 +2511,7 @@ class World:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def free_memory(self):
-        """Bytes that this process may fill: what is free of its GPU, or its share of the machine."""
+        """Bytes this process may fill: what is free of its GPU, or its share of the machine."""
         if self.device.type != "cuda":
             return self.host_memory()
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -2511,7 +2534,7 @@ class World:
 
     def bar(self, items, name, **options):
         """A progress bar over items, on the first process."""
-        return tqdm(items, desc=name, disable=self.rank > 0, dynamic_ncols=True, **options)
+        return Bar(items, desc=name, disable=self.rank > 0, dynamic_ncols=True, **options)
 
     def on_signal(self, number, _):
         """Ctrl-C and the like: finish the update, if one is under way, save, stop."""
@@ -2551,18 +2574,25 @@ def open_run(cfg):
     sanity_check(run, problems)
     if not cfg.resume:
         make_folder(run)
-    if not cfg.eval_only and threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)        # Windows has no SIGHUP
-            if number:
-                world.handlers[number] = signal.signal(number, world.on_signal)
+    if not cfg.eval_only:
+        for number in signals():
+            if signal.getsignal(number) != signal.SIG_IGN:      # as SIGHUP is under nohup
+                signal.signal(number, world.on_signal)
     return run
+
+
+def signals():
+    """What may ask a run to stop; only the main thread of a program may listen to them."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    names = ["SIGINT", "SIGTERM", "SIGHUP"]
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]   # Windows has two
 
 
 def load_eval_sets(run):
     """Fill run.eval_sets, under short names: MATH-500 of HuggingFaceH4/MATH-500, x of x.jsonl."""
     for source in split_names(run.cfg.eval_data):
-        name = os.path.basename(source).replace(":", "-")
+        name = os.path.basename(os.path.normpath(source)).replace(":", "-")
         if os.path.isfile(source):
             name = os.path.splitext(name)[0]
         require(name not in run.eval_sets, f"--eval-data has two sets {name}: rename a file")
@@ -2587,8 +2617,6 @@ def close_run(run):
         world.print(f"stopped; go on with: python eapo.py --resume {run.out}")
     elif not run.cfg.eval_only:
         world.print(f"next: python eapo.py --model {run.out}/model --eval-only --eval-samples 64")
-    for number, handler in world.handlers.items():      # as before, for a notebook that goes on
-        signal.signal(number, handler)
     if world.size > 1:
         dist.destroy_process_group()                    # its threads must not outlive the program
 
@@ -2605,7 +2633,8 @@ def folder_of(cfg, world):
     is_free = not os.path.exists(out) or os.path.isdir(out) and not os.listdir(out)
     require(is_free, f"--out {out} is not empty: choose another, or --resume it if it is a run")
     inside = os.path.realpath(out).startswith(os.path.realpath(cfg.model) + os.sep)
-    require(not inside, f"--out {out} lies in the folder of --model: choose another")
+    require(not inside or not os.path.isdir(cfg.model),
+            f"--out {out} lies in the folder of --model: choose another")
     return out
 
 
@@ -2777,17 +2806,29 @@ def sanity_check(run, problems):
                     "answers anyway, no response will be right: say so in the problems, or imitate "
                     "solutions first (--warmup-data)")
     if run.tokenizer.chat_template:
-        messages = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "four"}]
-        turn = run.tokenizer.apply_chat_template(messages, tokenize=False)
-        _, found, end = turn.rpartition("four")
-        end_ids = run.tokenizer(end.strip(), add_special_tokens=False).input_ids
-        if found and end_ids and end_ids[0] not in run.stop_ids:
-            world.print(f"warning: the chat template ends a turn with {end.strip()!r}, which does "
-                        "not end a response here: add it to eos_token_id in generation_config.json")
+        check_template(run, first)
     tokens = cfg.prompts_per_step * cfg.group_size * cfg.max_response_tokens
     if world.device.type == "cpu" and not cfg.eval_only and tokens > 10 ** 6:
         world.print(f"warning: a step samples up to {tokens} tokens, which takes a CPU long: try "
                     "--prompts-per-step 8 --max-response-tokens 256 --eval-samples 1")
+
+
+def check_template(run, problem):
+    """Refuse a chat template without the problem, and warn if its turns do not end as we stop."""
+    messages = conversation_of(problem)
+    other = {"role": "user", "content": "another problem"}
+    reply = {"role": "assistant", "content": "FOUR"}
+
+    def render(messages):
+        return run.tokenizer.apply_chat_template(messages, tokenize=False)
+    text = render(messages)
+    require(text != render(messages[:-1] + [other]), f"{run.cfg.model}: its chat template leaves "
+            f"the problem out and writes {text!r:.80}: it may want other roles or parts")
+    _, found, end = render(messages + [reply]).rpartition("FOUR")
+    end_ids = run.tokenizer(end.strip(), add_special_tokens=False).input_ids
+    if found and end_ids and end_ids[0] not in run.stop_ids:
+        run.world.print(f"warning: the chat template ends a turn with {end.strip()!r}, which does "
+                        "not end a response here: add it to eos_token_id in generation_config.json")
 
 
 def check_golds(run, problems):
@@ -2885,7 +2926,7 @@ def checkpoint_state(run):
 def save_checkpoint(run):
     """Write out/checkpoint/step-N, if it is not there, and keep the last two."""
     path = f"{run.out}/checkpoint/step-{run.done:06}"
-    if os.path.exists(path):
+    if run.world.gather(os.path.exists(path))[0]:
         return
     with one_line_errors(path):
         dcp.save(checkpoint_state(run), checkpoint_id=path + ".new")
@@ -3043,12 +3084,14 @@ def token_html(text, fork, numbers):
 
 def write_page(run):
     """Write report.html, if there was an evaluation."""
-    if run.world.rank > 0 or "base" not in run.page or not run.history:
-        return                                          # nothing was evaluated to the end
+    if run.world.rank > 0 or "base" not in run.page:
+        return
     cfg = run.cfg
     name = run.page["set"]
     avg = f"Avg@{cfg.eval_samples}"
     evaluated = [row for row in run.history if f"eval/{name}/entropy" in row]
+    if not evaluated:
+        return
 
     def column(key):
         return [row[f"eval/{name}/{key}"] for row in evaluated]
@@ -3072,8 +3115,8 @@ def write_page(run):
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
 within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
 verdict it removed. Both are in nats, and I is at most H, but for the error of sampling. Below each
-token: the credit that a rule gives it, <i class="up key"></i> up or <i class="down key"></i> down. Forks,
-with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token, tap it,
+token: the credit that a rule gives it, <i class="up key"></i> up or <i class="down key"></i> down.
+Forks, with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token, tap it,
 or press Tab for its numbers; p is its probability, V the chance before it to be right.</p>
 <main style="--nat:{run.page["pixels"]:.1f}px"><div>{run.page["base"]}{run.page.get("latest", "")}
 <p>Entropy is not surprise: it says how unsure the model was before it drew a token, not how
@@ -3190,14 +3233,16 @@ def parse_args(argv=None):
 def preset(model):
     """The settings that a model changes, by the last part of its name. The model/ of an earlier run
     has those of that run's model, but for the warm-up, which it has had."""
+    if model == "tiny":
+        return PRESETS["tiny"]
     folder, name = os.path.split(os.path.normpath(model))
     config = os.path.join(folder, "config.json")
     if name == "model" and os.path.isfile(config):
-        with open(config) as file:
-            earlier = json.load(file).get("model", "")
-        return preset(earlier) | {"warmup_steps": 0}
+        with one_line_errors(config), open(config) as file:
+            earlier = json.load(file)["model"]
+        return (preset(earlier) if earlier != model else {}) | {"warmup_steps": 0}
     for part, settings in PRESETS.items():
-        if part in name and (part != "tiny" or name == "tiny"):
+        if part in name and part != "tiny":
             return settings
     return {}
 
@@ -3243,6 +3288,7 @@ def main(argv=None):
             stream.reconfigure(errors="replace")
     if cfg.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count()))   # its matrices are too small for more
+    handlers = {number: signal.getsignal(number) for number in signals()}
     try:
         return train(cfg)
     except KeyboardInterrupt:                           # later on Ctrl-C ends a step: on_signal
@@ -3255,6 +3301,9 @@ def main(argv=None):
         error.add_note("eapo: out of memory. Smaller --microbatch-tokens help in the update, "
                        "shorter --max-response-tokens everywhere, --offload or more --gpus most")
         raise
+    finally:
+        for number, handler in handlers.items():        # a notebook goes on as before
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

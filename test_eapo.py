@@ -1188,12 +1188,23 @@ def test_a_prompt_has_one_bos_and_no_eos():
 
 @pytest.mark.parametrize("template, says", [
     ("{{ raise_exception('a system message is needed') }}", "chat template of .*: a system mess"),
-    ("{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}", "leaves the prob")])
-def test_a_chat_template_that_raises_or_renders_nothing_ends_the_run(template, says):
+    ("{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}", "leaves the prob"),
+    ("{{ messages[0]['role'] }}", "leaves the problem out and writes 'user'")])
+def test_a_chat_template_that_raises_or_leaves_the_problem_out_ends_the_run(template, says):
     run = a_run()
     run.tokenizer.chat_template = template
     with pytest.raises(SystemExit, match=says):
-        load_problems(run, "addition", "eval")
+        problems = load_problems(run, "addition", "eval")
+        eapo.check_template(run, problems[0])
+
+
+@pytest.mark.parametrize("end, warned", [("<eos>", False), ("<pad>", True), ("", False)])
+def test_a_turn_that_ends_with_no_stop_token_is_told(capsys, end, warned):
+    """As in Qwen2.5-Math, whose template ends turns with <|im_end|> and whose stop token is not."""
+    run = a_run()
+    run.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + end + "{% endfor %}"
+    eapo.check_template(run, Problem("1+1="))
+    assert (f"ends a turn with '{end}'" in capsys.readouterr().out) == warned
 
 
 def load_file(path, split):
@@ -1268,7 +1279,8 @@ def test_a_solution_that_says_its_answer_only_in_words_is_left_out(tmp_path, cap
         load_file(tmp_path / "x.jsonl", "train")
 
 
-@pytest.mark.parametrize("gold", [{"value": "2"}, [["2"]], [None], [], math.nan, None, " ", "#### "])
+@pytest.mark.parametrize("gold", [
+    {"value": "2"}, [["2"]], [None], [], math.nan, None, " ", "#### "])
 def test_a_gold_answer_that_could_never_be_paid_is_refused(tmp_path, gold):
     (tmp_path / "x.jsonl").write_text(json.dumps({"problem": "1", "answer": gold}))
     with pytest.raises(SystemExit, match="x.jsonl, row 1: the answer .*is"):
@@ -1304,12 +1316,14 @@ def test_a_data_set_gives_the_configuration_and_the_split_named_or_the_usual_one
     for source, split, found in [
             ("set:main", "train", "main train"), ("set:main", "eval", "main test"),
             ("set:other", "warmup", "other train"), ("set:other", "eval", "other validation"),
-            ("set:main:train", "eval", "main train")]:
+            ("set:main:train", "eval", "main train"),
+            ("set:main:train[:1]", "eval", "main train")]:
         assert [row["problem"] for row in eapo.read_rows(source, split)] == [found]
     with pytest.raises(SystemExit, match="no split dev: name one of train, validation, as in set"):
         eapo.read_rows("set:other:dev", "eval")
-    with pytest.raises(ValueError, match="main"):
-        eapo.read_rows("set", "train")
+    for wrong in ("set", "set:mian:train"):
+        with pytest.raises(ValueError, match="main"):
+            eapo.read_rows(wrong, "train")
 
 
 def test_a_data_set_saved_to_disk_loads(tmp_path):
@@ -1838,8 +1852,8 @@ def markov_lm(table):
     _, tokenizer = eapo.tiny_model(0)
     V = D = 64
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1,
+        vocab_size=V, hidden_size=D, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1,
         pad_token_id=0)).eval()
     with torch.no_grad():
         lm.model.layers[0].self_attn.o_proj.weight.zero_()
@@ -2269,6 +2283,8 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law():
     low, high = eapo.interval(torch.tensor([1.] * 36 + [0.] * 64)).tolist()
     assert low == pytest.approx(.266, abs=.015)
     assert high == pytest.approx(.454, abs=.015)
+    for mean, bounds in ((0., [0, .1]), (1., [.9, 1]), (.5, [.4, .6])):     # the rule of three
+        assert eapo.interval(torch.full((30,), mean)).tolist() == pytest.approx(bounds)
 
 
 def test_the_scores_of_an_evaluation_worked_by_hand():
@@ -2587,8 +2603,8 @@ def test_the_trained_model_is_an_ordinary_folder_that_trains_on(
         assert weight.equal(now[name])
         assert not weight.equal(before[name])
     said = capsys.readouterr().out
-    for words in ("solve rate ", "Avg@2 on addition: ", " after 1 steps: ", f"{run.out}/report.html",
-                  f"next: python eapo.py --model {run.out}/model --eval-only"):
+    for words in ("solve rate ", "Avg@2 on addition: ", " after 1 steps: ",
+                  f"{run.out}/report.html", f"next: python eapo.py --model {run.out}/model --eval-only"):
         assert words in said
     assert run.out == str(tmp_path / "run")
 
@@ -2976,12 +2992,23 @@ def test_a_run_outside_the_main_thread_takes_over_no_signal(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path):
-    """As when Ctrl-C ends the `tee` of a pipeline first."""
+    """As when Ctrl-C ends the `tee` of a pipeline first, on stdout and on stderr."""
     process, = start([*SMALL, "--out", tmp_path / "run"], stdout=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
-    finish([process])
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
     assert (tmp_path / "run" / "model").exists()
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path, monkeypatch):
+    """As SIGHUP is under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(eapo, "make_folder", lambda run: None)
+    monkeypatch.setitem(eapo.TASKS, "addition", toy_task(has_odd_length))
+    run = eapo.open_run(parse([*SMALL, "--out", tmp_path / "run"]))
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == run.world.on_signal
 
 
 @pytest.mark.slow
@@ -2991,7 +3018,10 @@ def test_a_run_gives_signals_back_to_whoever_had_them(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, mine)
     before = signal.getsignal(signal.SIGINT)
-    run_toy(monkeypatch, [*SMALL, "--steps", 1, "--eval-every", 0, "--out", tmp_path / "run"])
+    args = [*SMALL, "--steps", 1, "--eval-every", 0]
+    run_toy(monkeypatch, [*args, "--out", tmp_path / "run"])
+    with pytest.raises(SystemExit, match="the gradient is"):
+        run_toy(monkeypatch, [*args, "--warmup-learning-rate", 1e30, "--out", tmp_path / "other"])
     assert signal.getsignal(signal.SIGTERM) is mine
     assert signal.getsignal(signal.SIGINT) is before
 
