@@ -1669,8 +1669,8 @@ def explain_scores(run):
     """Say once what the numbers and the colours of evaluations mean."""
     k = run.cfg.eval_samples
     run.world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its "
-                    f"95% interval;\nPass@{k} the share of problems with a right try; entropy is in "
-                    "nats per token.")
+                    f"95% interval;\nPass@{k} the share of problems with a right try; entropy is "
+                    "in nats per token.")
     if sys.stdout.isatty():
         run.world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; tokens "
                         "in \033[1mbold\033[0m have an entropy above\nthe mean of the tries.")
@@ -2673,7 +2673,7 @@ def load_model(cfg, world):
         # transformers would make up the weights that are missing.
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         require(not missing,
-                f"{cfg.model} has no weights for {missing}: it is not a whole language model")
+                f"{cfg.model} has no weights for {missing}: no language-model head, or not whole")
         tokens = len(lm.get_input_embeddings().weight)
         require(len(tokenizer) <= tokens, f"{cfg.model} embeds {tokens} tokens, and its tokenizer "
                 f"has {len(tokenizer)}: one of them belongs to another model")
@@ -3116,8 +3116,8 @@ def write_page(run):
 within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
 verdict it removed. Both are in nats, and I is at most H, but for the error of sampling. Below each
 token: the credit that a rule gives it, <i class="up key"></i> up or <i class="down key"></i> down.
-Forks, with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token, tap it,
-or press Tab for its numbers; p is its probability, V the chance before it to be right.</p>
+Forks, with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token,
+tap it, or press Tab for its numbers; p is its probability, V the chance before it to be right.</p>
 <main style="--nat:{run.page["pixels"]:.1f}px"><div>{run.page["base"]}{run.page.get("latest", "")}
 <p>Entropy is not surprise: it says how unsure the model was before it drew a token, not how
 unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a low H, and

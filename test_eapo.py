@@ -1853,8 +1853,8 @@ def markov_lm(table):
     V = D = 64
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=V, hidden_size=D, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1,
-        pad_token_id=0)).eval()
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0)).eval()
     with torch.no_grad():
         lm.model.layers[0].self_attn.o_proj.weight.zero_()
         lm.model.layers[0].mlp.down_proj.weight.zero_()
@@ -1907,7 +1907,8 @@ def test_true_credit_of_a_policy_whose_values_are_written_down():
 def test_where_nothing_is_decided_the_value_stays():
     """4 is certain, and has V = 1/2 before it as 2 has; behind 2 the response is right. Of the six
     tokens behind 5, four are tried, .4 + .3 + .1 + .1 = .9 of pi: V = (.4 + .3) / .9 = 7/9."""
-    table = {"=": {"4": 1.}, "4": {"2": .5, "3": .5}, "2": {"6": 1.}, "3": {".": 1.}, "6": {".": 1.}}
+    table = {"=": {"4": 1.}, "4": {"2": .5, "3": .5}, "2": {"6": 1.}, "3": {".": 1.},
+             "6": {".": 1.}}
     assert measured(table, ["426"], n=10).V[0].tolist() == pytest.approx([.5, .5, 1, 1], abs=1e-4)
     table = {"=": {"5": 1.}, "5": {"2": .4, "0": .3, "3": .1, "7": .1, "8": .06, "9": .04},
              "0": {"2": 1.}, "2": {".": 1.}, "3": {".": 1.}, "7": {".": 1.}}
@@ -1921,7 +1922,7 @@ def test_once_the_response_is_lost_no_token_has_any_credit():
 
 
 def test_credits_of_a_response_add_up_to_the_doubt_before_it():
-    """Chain rule: on average over responses, and in the toy for each, sum_t I = h(V(s_0)) = log 2."""
+    """The chain rule: on average over responses, here for each, sum_t I = h(V(s_0)) = log 2."""
     batch = measured(TOY, ["026", "037", "126", "137"], n=400)
     assert batch.I.sum(1).tolist() == pytest.approx([math.log(2)] * 4, abs=.03)
 
@@ -2604,7 +2605,8 @@ def test_the_trained_model_is_an_ordinary_folder_that_trains_on(
         assert not weight.equal(before[name])
     said = capsys.readouterr().out
     for words in ("solve rate ", "Avg@2 on addition: ", " after 1 steps: ",
-                  f"{run.out}/report.html", f"next: python eapo.py --model {run.out}/model --eval-only"):
+                  f"{run.out}/report.html",
+                  f"next: python eapo.py --model {run.out}/model --eval-only"):
         assert words in said
     assert run.out == str(tmp_path / "run")
 
@@ -3013,7 +3015,7 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_gives_signals_back_to_whoever_had_them(tmp_path, monkeypatch):
-    """A notebook that goes on with the run stops at Ctrl-C as before, and so does its own handler."""
+    """A notebook that goes on with the run stops at Ctrl-C as before, with its own handler too."""
     def mine(number, frame):
         raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, mine)
