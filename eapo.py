@@ -349,12 +349,13 @@ def train(cfg):
     world = run.world           # the processes: one per GPU, each with a share of the work
     policy = run.policy         # pi_theta
     clips = (cfg.clip_low, cfg.clip_high, cfg.clip_c)
+    metrics = {}
     if cfg.resume:
-        load_checkpoint(run)
+        metrics = load_checkpoint(run)      # of a last step whose evaluation was cut short
     else:
-        warm_up(run)            # supervised, and only if the settings ask for it
-    if run.done == 0 and not run.history:
-        run.log(0, evaluate(run, step=0))
+        warm_up(run)                        # supervised, and only if the settings ask for it
+    if not run.history or run.history[-1]["step"] < run.done:
+        run.log(run.done, metrics | evaluate(run, run.done))
 
     bar = world.bar(range(run.done + 1, cfg.steps + 1), cfg.method)
     for step in bar:
@@ -401,7 +402,7 @@ def train(cfg):
         if run.is_due(step, cfg.eval_every):
             metrics |= evaluate(run, step)
         run.log(step, metrics)
-        resumed_to_its_end = cfg.resume and step == cfg.steps   # no checkpoint older than the model
+        resumed_to_its_end = cfg.resume and step == cfg.steps   # no older one may be left behind
         if run.is_due(step, cfg.save_every) or resumed_to_its_end:
             save_checkpoint(run)
 
@@ -631,9 +632,9 @@ def collect_rollouts(run):
 def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     """Several responses to each (number, problem), with their rewards -> a Batch, in that order.
 
-    name: "train" or the name of an evaluation set. The random numbers of a response depend on it,
-    on the seed of the run and on the number of the problem, and on nothing else. If a signal cuts
-    the sampling short, run.stopped is set and there is no Batch.
+    name: "train", "credit" or that of an evaluation set. With the seed of the run and the number of
+    the problem, it decides which random numbers the `samples` responses get. If a signal cuts the
+    sampling short, run.stopped is set and there is no Batch.
     """
     cfg = run.cfg
     world = run.world
@@ -645,8 +646,7 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     lm = fill_sampler(run)
     limits = [problem.limit or cfg.max_response_tokens for _, problem in mine]
     most = samples * sum(limits)                        # tokens
-    kept = 20 * most                                    # bytes: id 8, log p 4, H 4, random number 4
-    slots = slots_that_fit(lm, cfg, world.free_memory() - kept)
+    slots = slots_that_fit(lm, prompts, limits, samples, world.free_memory())
     with world.bar(None, f"sampling, {name}", total=most, unit=" tokens", delay=3,
                    leave=False) as bar:
         def keep_on(tokens):
@@ -752,9 +752,9 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     limits: how many tokens a response to each prompt may have. keep_on: called with the number of
     new tokens after every decode step; if it returns False, the responses stay as they are.
 
-    A token is drawn with a random number that depends on its prompt's seed, its try and its place
-    alone. So, up to rounding, responses depend neither on the number of slots or processes nor on
-    one another.
+    A token is drawn with a random number that depends, for a given G, on its prompt's seed, its try
+    and its place alone. So, up to rounding, responses depend neither on the number of slots or
+    processes nor on one another.
     """
     device = lm.device
     G = group_size
@@ -764,8 +764,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     max_tokens = max(limits, default=0)
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
-    # What is kept of each response. Row N takes what idle slots write: they are computed with the
-    # others, which is simpler than taking them out.
+    # What is kept of each response. Idle slots are computed with the others, which is simpler than
+    # taking them out: what they write goes to row N, and is thrown away.
     tokens = torch.zeros(N + 1, max_tokens, dtype=torch.long, device=device)
     logp = torch.zeros(N + 1, max_tokens, device=device)
     H = torch.zeros(N + 1, max_tokens, device=device)
@@ -797,7 +797,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
             new = waiting[:n]
             waiting = waiting[n:]
             prefill(lm, [prompts[i] for i in new], G, cache, free[:n * G], slots, room)
-            for i, group in zip(new, free.split(G)):
+            for i, group in zip(new, free[:n * G].split(G)):
                 response[group] = i * G + torch.arange(G, device=device)
                 newest[group] = prompts[i][-1]
                 place[group] = len(prompts[i]) - 1
@@ -810,9 +810,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
             t = t[busy]
             newest = newest[busy]
             place = place[busy]
-            for layer in cache.layers:
-                layer.keys = layer.keys[busy]
-                layer.values = layer.values[busy]
+            cache.batch_select_indices(busy)
 
         # Decode: one more token in every slot. (On a GPU, most of this time goes into launching
         # kernels one by one. A CUDA graph would belong here, with `width` fixed.)
@@ -833,12 +831,12 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         t = t + 1
         over = torch.isin(token, stop) | (t == limit[response]) | (response == N)
         response = response.masked_fill(over, N)
-        if keep_on and not keep_on(len(busy)):
-            break
         place = place.masked_fill(over, 0)              # an idle slot keeps writing over place 0
         t = t.masked_fill(over, 0)
+        if keep_on and not keep_on(len(busy)):
+            break
 
-    # What was kept, without the scrap row, cut to the longest response.
+    # What was kept, without row N, cut to the longest response.
     tokens = tokens.cpu()
     responses = []
     for row, n in zip(tokens[:N], length.tolist()):
@@ -909,16 +907,18 @@ def decode_mask(config, place, width):
     return sliding
 
 
-def slots_that_fit(lm, cfg, free_bytes):
+def slots_that_fit(lm, prompts, limits, group_size, free_bytes):
     """How many slots fit into 4/5 of the free memory, with their KV cache and logits."""
     config = lm.config
-    room = cfg.max_prompt_tokens + cfg.max_response_tokens                      # tokens
+    room = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=1)  # tokens
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     numbers = 2 * config.num_hidden_layers * kv_heads * d * room    # keys and values
     logits = 40 * config.vocab_size             # bytes, with what `draw` makes of them: measured
     slot = numbers * lm.dtype.itemsize + logits
-    return int(min(512, 0.8 * free_bytes / slot))
+    # `generate` keeps an id (8 bytes), log p, H and a random number (4 each) for each token.
+    results = 20 * group_size * len(limits) * max(limits, default=0)
+    return int(min(512, 0.8 * (free_bytes - results) / slot))
 
 
 def draw(logits, u, temperature, top_p):
@@ -998,8 +998,8 @@ class Policy(torch.nn.Module):
         return outside.index_put((row, t), logp), outside.index_put((row, t), H)
 
 
-# How many logits at a time: 128 MB in fp32, and 1 GB on GPUs. There each chunk rounds the gradient
-# of the head, which is summed in bf16, so chunks should be few.
+# How many logits at a time: 128 MB in fp32, and 1 GB on GPUs. There every chunk adds its gradient
+# of the head in bf16, and rounds, so chunks should be few.
 LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 25
 
 
@@ -1048,9 +1048,9 @@ def micro_batches(run, batch):
     tokens = world.microbatch_tokens
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, tokens)
-    # Shrink the pieces until one more round would be needed.
+    # Make the rounds equally full: shrink the pieces until one more round would be needed.
     rounds = math.ceil(len(pieces) / world.size)
-    while world.size > 1 and tokens > max(lengths):
+    while world.size > 1 and tokens > lengths.max():
         tokens = int(0.9 * tokens)
         smaller = micro_batch_rows(lengths, tokens)
         if len(smaller) > rounds * world.size:
@@ -1491,7 +1491,7 @@ def evaluate(run, step):
     cfg = run.cfg
     k = cfg.eval_samples
     metrics = {}
-    if not run.history:
+    if run.eval_sets and not run.history:
         explain_scores(run)
     for name, problems in run.eval_sets.items():
         numbered = list(enumerate(problems))
@@ -1499,8 +1499,7 @@ def evaluate(run, step):
         if run.stopped:
             return {}
         scores = eval_metrics(batch, k, every_k=cfg.eval_only)
-        for key, score in scores.items():
-            metrics[f"eval/{name}/{key}"] = score
+        metrics |= {f"eval/{name}/{key}": x for key, x in scores.items()}
         print_evaluation(run, step, name, problems, batch, scores)
         write_responses(run, step, name, problems, batch)
         if name == list(run.eval_sets)[0]:
@@ -1604,11 +1603,12 @@ def measure(run, batch, sums):
         response_tokens, response_length, truncated         their sum, their mean, share cut off
         groups, groups_all_right, groups_all_wrong          sampled, and not learned from
         loss, grad_norm             means over the optimizer steps
-        clip_fraction               share of the tokens learned from that got no gradient
+        clip_fraction               share of the tokens learned from that the clips left out
         sampler_gap                 mean |log pi_sampler - log pi_old|, nats, where measured
         seconds, seconds_PHASE, tokens_per_second           of the step without its evaluation
         peak_memory_bytes           of this GPU
-        tokens/Q, advantage/Q       share of quadrant Q in the tokens learned from, in |credit|
+        tokens/Q, advantage/Q       share of quadrant Q in the tokens learned from, and in the sum
+                                    of their |credit|
     """
     world = run.world
     world.begin("other")
@@ -1733,12 +1733,14 @@ def true_credit(run, batch, problems, at_most, n=16):
     for i in range(len(batch.ids)):
         # Rounding may differ between GPUs, so all processes take what the first finds.
         found = run.world.gather(find_decisions(run, batch, i))[0]
-        pairs = {pair: None for _, _, pi in found for pair in pi}
-        if len(needed | pairs) <= at_most:
-            needed |= pairs
+        more = dict(needed)
+        for decision in found:
+            more |= decision.pi
+        if len(more) <= at_most:
+            needed = more
             decisions[i] = found
 
-    # 2. Continue them. A pair is a tuple (number of the problem, *s, v).
+    # 2. Continue them.
     run.world.print(f"measuring credit: {n * len(needed)} continuations")
     rests = [rest_of(run, problems[number], begun) for number, *begun in needed]
     numbered = list(enumerate(rests))
@@ -1759,35 +1761,45 @@ def true_credit(run, batch, problems, at_most, n=16):
         batch.true_advantage[i] = 0
         for t, drawn, pi in reversed(found):
             values = torch.stack([value[pair] for pair in pi])                  # (K,)
-            V, I = value_and_information(torch.tensor([*pi.values()]), values, n)
+            V, I = value_and_information(torch.tensor(list(pi.values())), values, n)
             batch.V[i, :t + 1] = V
             batch.I[i, t] = I
             batch.true_advantage[i, t] = value[drawn] - V
 
 
+class Decision(NamedTuple):
+    """A place in a response where more than one token was likely.
+
+    A pair is a tuple (number of the problem, *s, v): a prefix s, and a token v after it.
+    """
+    t: int                      # the place
+    drawn: tuple                # the pair that was drawn
+    pi: dict                    # {pair: pi(v)} of the likely tokens
+
+
 @torch.no_grad()
 def find_decisions(run, batch, i):
-    """Where was something decided in response i? Where more than one token was likely.
+    """Where was something decided in response i?  -> [Decision]
 
-    -> [(t, pair drawn, {pair: pi(v)})]. A pair is a tuple, (number of the problem, *s, v). Likely
-    are the token drawn and, of the four likeliest, those with at least 1%; their pi add up to 1.
+    Likely are the token drawn and, of the four likeliest, those with at least 1%; their pi are made
+    to add up to 1.
     """
     lm = fill_sampler(run)
     row = batch.rows([i]).to(lm.device)
     start = int(row.prompt_len)
     logits = lm(row.ids).logits[0, start - 1:-1].float()                        # (T, V)
-    pi = (logits / run.cfg.eval_temperature).softmax(dim=-1)
-    top = pi.topk(4).indices.tolist()                                           # (T, 4) tokens
+    p = (logits / run.cfg.eval_temperature).softmax(dim=-1)
+    top = p.topk(4).indices.tolist()                                            # (T, 4) tokens
     found = []
     s = (int(row.number),)
     for t, o in enumerate(batch.response(i)):
-        likely = {v: float(pi[t, v]) for v in top[t] if pi[t, v] >= 0.01}
-        likely[o] = float(pi[t, o])
+        likely = {v: float(p[t, v]) for v in top[t] if p[t, v] >= 0.01}
+        likely[o] = float(p[t, o])
         total = sum(likely.values())
-        pairs = {(*s, v): likely[v] / total for v in sorted(likely)}
+        pi = {(*s, v): likely[v] / total for v in sorted(likely)}
         s = (*s, o)
-        if len(pairs) > 1:
-            found.append((t, s, pairs))
+        if len(pi) > 1:
+            found.append(Decision(t, s, pi))
     return found
 
 
@@ -1886,8 +1898,9 @@ def credit_by_rule(run, batch):
     cfg.group_size = cfg.eval_samples
     cfg.without = cfg.quadrants = ""
     credits = {}
-    for cfg.method in CREDIT_RULES:
-        credits[cfg.method] = assign_credit(batch, cfg)
+    for method in CREDIT_RULES:
+        cfg.method = method
+        credits[method] = assign_credit(batch, cfg)
     cfg.alpha = 1.9
     cfg.phi = 2.0
     credits["eapo, 1.9"] = eapo_credit(batch, cfg)
@@ -2537,7 +2550,8 @@ class World:
         return Bar(items, desc=name, disable=self.rank > 0, dynamic_ncols=True, **options)
 
     def on_signal(self, number, _):
-        """Ctrl-C and the like: finish the update, if one is under way, save, stop."""
+        """Ctrl-C and the like: finish the update that is under way, save (but not in the warm-up),
+        stop. A second Ctrl-C stops at once."""
         # torchrun passes a Ctrl-C on to processes that had it already, so wait for another second.
         now = time.monotonic()
         if self.signalled and number == signal.SIGINT and now > self.signalled + 1:
@@ -2622,7 +2636,7 @@ def close_run(run):
 
 
 def folder_of(cfg, world):
-    """The path of the folder of a run, which is there only if the run is to be resumed."""
+    """The path of the folder of a run. That of a new run must be empty or not be there."""
     model = os.path.basename(os.path.normpath(cfg.model))
     now = time.strftime("%Y%m%d-%H%M%S")
     out = cfg.out or f"runs/{model}-{now}-{os.getpid()}"
@@ -2687,7 +2701,7 @@ def load_model(cfg, world):
     require(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
     if set(stop_ids) != set(known):         # the trained model, once saved, should stop there too
         lm.generation_config.eos_token_id = stop_ids
-        lm.generation_config.do_sample = True
+        lm.generation_config.do_sample = True       # or a temperature in it could not be saved
     return lm, tokenizer, stop_ids
 
 
@@ -2938,7 +2952,10 @@ def save_checkpoint(run):
 
 
 def load_checkpoint(run):
-    """Continue from the last checkpoint: weights, moments, data position and logs."""
+    """Continue from the last checkpoint: weights, moments, data position and logs.
+
+    Returns the metrics of its step if they lack an evaluation, else {}.
+    """
     state = checkpoint_state(run)
     data = state["data"]
     *earlier, path = checkpoints(run.out)
@@ -2955,8 +2972,13 @@ def load_checkpoint(run):
     if run.done == 0:           # to save an unused optimizer, torch has let it take an empty step
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
-    # What comes after the checkpoint will be done again: take it out of the logs.
+    # What comes after the checkpoint will be done again: take it out of the logs, and with it a
+    # last step without the evaluation that was due, which a signal has cut short.
     run.history = read_log(f"{run.out}/metrics.jsonl", last_step=run.done)
+    unfinished = {}
+    if run.history and run.is_due(run.done, run.cfg.eval_every):
+        if not any(key.startswith("eval/") for key in run.history[-1]):
+            unfinished = run.history.pop()
     last_step = run.history[-1]["step"] if run.history else -1
     responses = read_log(f"{run.out}/responses.jsonl", last_step)
     run.world.gather(None)                              # all have read them
@@ -2965,6 +2987,7 @@ def load_checkpoint(run):
             lines = [json.dumps(row) + "\n" for row in rows]
             replace_file(f"{run.out}/{name}", "".join(lines))
         write_settings(run)
+    return unfinished
 
 
 def read_log(path, last_step):

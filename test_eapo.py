@@ -824,18 +824,19 @@ def test_no_token_without_probability_is_ever_drawn(top_p):
 
 def test_as_many_slots_are_used_as_memory_holds():
     """2 (keys, values) x 1 layer x 2 heads x 25 numbers of 4 bytes are 400 a token; 10 tokens and
-    40 bytes for a vocabulary of one make 4,040 a slot. 4/5 of 50,500 bytes hold ten of them; 512
-    are the most. Without grouped heads there are 4, and 8,040 bytes."""
+    40 bytes for a vocabulary of one make 4,040 a slot. 4/5 of 50,500 bytes hold ten of them, when
+    2 responses of 6 tokens have taken 20 bytes each; 512 are the most. Without grouped heads there
+    are 4, and 8,040 bytes."""
     config = types.SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, hidden_size=100,
                                    num_attention_heads=4, vocab_size=1)
     lm = types.SimpleNamespace(config=config, dtype=torch.float32)
-    cfg = settings("--max-prompt-tokens", 4, "--max-response-tokens", 6)
-    for free, slots in ((50500, 10), (50499, 9), (math.inf, 512)):
-        assert slots_that_fit(lm, cfg, free) == slots
+    shape = ([[0] * 4, [0]], [6, 2], 1)
+    for free, slots in ((50740, 10), (50739, 9), (math.inf, 512)):
+        assert slots_that_fit(lm, *shape, free) == slots
     config.num_key_value_heads = None
-    assert slots_that_fit(lm, cfg, 100500) == 10
+    assert slots_that_fit(lm, *shape, 100740) == 10
     config.head_dim = 50
-    assert slots_that_fit(lm, cfg, 100500) == 5
+    assert slots_that_fit(lm, *shape, 100740) == 5
 
 
 def test_a_model_that_cannot_be_sampled_from_is_found_out():
@@ -2893,23 +2894,21 @@ def test_a_signal_ends_a_run_after_its_step_and_it_can_go_on(
     page = (moved / "report.html").read_text(encoding="utf-8")
     assert '<section class="base">' in page                 # it shows the base still
     assert '<section class="latest">' in page
-    rows = read_rows(undisturbed / "metrics.jsonl")
-    assert without_times(run.history)[4] == without_times(rows)[4]
-    rows = read_rows(undisturbed / "responses.jsonl")
-    wanted = [row for row in rows if row["step"] != 3]
-    assert read_rows(moved / "responses.jsonl") == wanted
+    assert_same_run(moved, undisturbed)                     # the evaluation of step 3 as well
 
 
 @pytest.mark.slow
-def test_a_stop_asked_for_in_the_last_step_leaves_out_its_evaluation(tmp_path, monkeypatch):
-    """The step is finished and saved; --resume finds nothing more to do."""
-    args = [*SMALL, "--steps", 1, "--save-every", 0, "--out", tmp_path / "run"]
-    run = run_toy(monkeypatch, args, interrupt=signal.SIGTERM, at_call=5)
+def test_an_evaluation_that_was_cut_short_is_made_good_on_resume(tmp_path, monkeypatch):
+    """SIGTERM in the last step: it is finished and saved, its evaluation left out until then."""
+    args = [*SMALL, "--steps", 1, "--save-every", 0]
+    out = tmp_path / "run"
+    run = run_toy(monkeypatch, [*args, "--out", out], interrupt=signal.SIGTERM, at_call=5)
     assert run.stopped
     assert "eval/addition/avg@2" not in run.history[1]
-    assert os.listdir(tmp_path / "run" / "checkpoint") == ["step-000001"]
-    again = run_toy(monkeypatch, ["--resume", tmp_path / "run"])
-    assert again.history == run.history
+    assert os.listdir(out / "checkpoint") == ["step-000001"]
+    run_toy(monkeypatch, ["--resume", out])
+    run_toy(monkeypatch, [*args, "--out", tmp_path / "other"])
+    assert_same_run(out, tmp_path / "other")
 
 
 @pytest.mark.slow
