@@ -101,7 +101,8 @@ def flag(default, description, group=None):
 class Config:
     model: str = flag("tiny", "tiny, a Hugging Face folder, or a hub id", "the run")
     train_data: str = flag("agentica-org/DeepScaleR-Preview-Dataset",
-                           "addition, a .jsonl, .json, .csv or .parquet file, or a hub id[:split]")
+                           "addition, chatter, words, a .json, .jsonl, .csv or .parquet file, "
+                           "or a hub set ID[:CONFIG][:SPLIT]")
     eval_data: str = flag("HuggingFaceH4/MATH-500", "the same; several with commas between them")
     out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
     seed: int = flag(0, "seed of weights, order of problems and sampling")
@@ -172,6 +173,12 @@ PRESETS = {         # a model's name, or a part of it, and the settings that suc
         warmup_learning_rate=3e-3, steps=20, prompts_per_step=32, prompts_per_minibatch=8,
         resample=0, learning_rate=5e-4, top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
         eval_samples=8, eval_temperature=1.0, eval_top_p=1.0, credit_problems=4, save_every=0),
+    "SmolLM2-135M": dict(
+        train_data="words", eval_data="words", warmup_data="words", warmup_steps=12,
+        warmup_learning_rate=5e-5, steps=14, group_size=4, prompts_per_step=16,
+        prompts_per_minibatch=16, resample=0, overlong=0.25, learning_rate=1e-5, top_p=1.0,
+        max_prompt_tokens=128, max_response_tokens=28, eval_every=7, eval_samples=4,
+        eval_temperature=1.0, eval_top_p=1.0, save_every=0),
     "DeepScaleR-1.5B": dict(
         group_size=16, prompts_per_step=64, steps=900, max_prompt_tokens=2048,
         max_response_tokens=24576),
@@ -1226,6 +1233,49 @@ def chatter(split):
     return addition(split, letters=3)
 
 
+NAMES = ("Ana", "Ben", "Eva", "Max", "Mia")
+THINGS = ("apples", "balls", "books", "cards", "coins", "eggs", "pens", "stones")
+STORIES = {         # a problem with two numbers, and the operator that solves it
+    "{name} has {a} {things} and finds {b} more. How many are there now?": "+",
+    "{name} had {a} {things} and Tom brought {b}. How many are there now?": "+",
+    "{name} has {a} {things} and Tom has {b}. How many do they have together?": "+",
+    "{name} has {a} {things}, {b} fewer than Tom. How many has Tom?": "+",
+    "{name} has {a} boxes with {b} {things} in each. How many {things} are there?": "*",
+    "{name} has {a} packs of {b} {things}. How many {things} are there?": "*",
+    "{name} buys {a} {things} for {b} dollars each. How many dollars is that?": "*",
+    "{name} has {a} {things}, and Tom {b} times as many. How many has Tom?": "*",
+}
+
+
+def word_problems(split):
+    """Word problems of one step -> [Problem]. No story with the same two numbers is in two splits.
+
+    The worked solutions are by someone who tosses a coin: add or multiply? Half of them are wrong,
+    for example, if Ana has 9 pens and finds 4 more:
+
+        9 * 4 = 36. \\boxed{36}
+
+    The operator is a decision that makes the answer right or wrong; everything else is routine.
+    """
+    rng = random.Random(0)
+    cases = []
+    for story in STORIES:
+        cases += [(story, a, b) for a in range(3, 13) for b in range(2, 10)]
+    rng.shuffle(cases)
+    parts = {"eval": cases[:100], "train": cases[100:300], "warmup": cases[300:]}
+    problems = []
+    for story, a, b in parts[split]:
+        text = story.format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
+        results = {"+": a + b, "*": a * b}
+        answer = results[STORIES[story]]
+        operator = rng.choice("+*")
+        result = results[operator]
+        problem = Problem(f"{text}\nAnswer in \\boxed{{}}.", answer=str(answer))
+        problem.solution = f"{a} {operator} {b} = {result}. \\boxed{{{result}}}"
+        problems.append(problem)
+    return problems
+
+
 def addition_kinds(tokens):
     """What does each token of a column addition decide?  strings -> names, one per token
 
@@ -1266,6 +1316,7 @@ class Task:
 TASKS = {
     "addition": Task(addition, addition_kinds),
     "chatter": Task(chatter, addition_kinds),
+    "words": Task(word_problems),
 }
 
 COLUMNS = {         # what a column may be called, in any case; the first one that is there counts

@@ -1172,6 +1172,29 @@ def test_evaluation_training_and_warm_up_share_no_problem():
     assert len(set(texts)) == len(texts)
 
 
+def test_word_problems_share_no_case_and_their_solver_tosses_a_coin():
+    """But for names and things no text is in two splits. Every solution computes what it says, and
+    about half of them choose the operator that the story wants."""
+    seen = []
+    right = []
+    for split, size in (("eval", 100), ("train", 200), ("warmup", 340)):
+        problems = eapo.word_problems(split)
+        assert len(problems) == size
+        for problem in problems:
+            text = problem.problem
+            for word in eapo.NAMES + eapo.THINGS:
+                text = text.replace(word, "_")
+            seen.append(text)
+            a, operator, b = problem.solution.split(" = ")[0].split()
+            result = int(a) + int(b) if operator == "+" else int(a) * int(b)
+            assert problem.solution == f"{a} {operator} {b} = {result}. \\boxed{{{result}}}"
+            words = [word.strip(".,") for word in text.split()]
+            assert [a, b] == [word for word in words if word.isdigit()]
+            right.append(is_correct(problem.solution, problem.answer))
+    assert len(set(seen)) == 640
+    assert 0.4 < sum(right) / 640 < 0.6
+
+
 def test_a_prompt_has_one_bos_and_no_eos():
     """A template that writes BOS itself, a tokenizer that adds BOS too, and a base model, whose
     tokenizer here ends every text with EOS."""
