@@ -2617,6 +2617,8 @@ def open_run(cfg):
     """Processes, folder, model and problems of a Config -> a Run, ready for its first step."""
     world = World(cfg)
     out = folder_of(cfg, world)
+    if preset(cfg.model) and cfg.model != "tiny":
+        world.print(f"{cfg.model} brings settings of its own, see PRESETS and --help")
     lm, tokenizer, stop_ids = load_model(cfg, world)
     sampler = lm
     if world.sharded:           # the policy will be cut up: a whole copy samples

@@ -3339,6 +3339,24 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path):
         eapo.load_model(cfg, eapo.World(cfg))
 
 
+def test_the_generation_config_survives_and_learns_the_tokenizers_stop_token(tmp_path):
+    """Its temperature without do_sample could not be saved again after a change."""
+    lm, tokenizer = eapo.tiny_model(0)
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    (tmp_path / "lm" / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.7, "top_k": 5, "max_new_tokens": 9, "eos_token_id": 2}))
+    cfg = parse(["--model", tmp_path / "lm"])
+    world = eapo.World(cfg)
+    lm, tokenizer, stop_ids = eapo.load_model(cfg, world)
+    assert stop_ids == [1, 2]
+    run = eapo.Run(cfg, world, str(tmp_path), Policy(lm), tokenizer, stop_ids, lm)
+    eapo.save_model(run)
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 2]
+    assert (saved["temperature"], saved["top_k"], saved["max_new_tokens"]) == (0.7, 5, 9)
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("args, says", [
