@@ -1740,11 +1740,13 @@ def print_evaluation(run, step, name, problems, batch, scores):
 
 
 def print_responses(run, problem, group):
-    """Print a problem and three responses; on a terminal colours show the quadrants of tokens."""
+    """Print a problem and up to three responses, both right and wrong ones if there are; on a
+    terminal colours show the quadrants of tokens."""
     colours = ["", "1;32", "32", "31", "1;31"]          # by quadrant code
     codes = quadrants(group.right, group.H, group.mask, len(group.ids))
+    wrong_first = group.right.long().argsort(stable=True).tolist()
     run.world.print(f"  {printable(problem.problem):.76}")
-    for i in range(min(3, len(group.ids))):
+    for i in sorted({*wrong_first[:2], wrong_first[-1]}):
         line = "  right  " if group.right[i] else "  wrong  "
         for t, token in enumerate(group.response(i)[:400]):
             text = printable(run.tokenizer.decode([token], skip_special_tokens=True))
