@@ -114,8 +114,8 @@ class Config:
     warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
                             "supervised warm-up before RL, for models that do not know the task")
     warmup_steps: int = flag(0, "optimizer steps, with 16 solutions each; 0: no warm-up")
-    warmup_learning_rate: float = flag(1e-5, "its peak; rises over 20 steps, falls over the last "
-                                             "30%")
+    warmup_learning_rate: float = flag(1e-5, "its peak; the rate rises over 20 steps (fewer do not "
+                                             "reach the peak) and falls over the last 30%")
 
     steps: int = flag(220, "RL steps: each samples a batch and learns from it", "the batch")
     prompts_per_step: int = flag(512, "groups to learn from in a step; fewer if --resample rounds "
@@ -135,7 +135,7 @@ class Config:
     method: str = flag("eapo", "rule of credit: eapo, grpo, forking, entroadv or w-reinforce; dapo "
                                "is grpo with --resample 2 --overlong 0.2", "credit and loss")
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives grpo's advantages")
-    phi: float = flag(2.0, "(6) |score| is at most |A| / phi; greater than alpha")
+    phi: float = flag(2.0, "(6) |score| is at most |A| / phi; must be greater than alpha")
     quadrants: str = flag("", "of PHR,PLR,NLR,NHR: credit only to tokens in these quadrants; the "
                               "mean in (2) is still over all tokens")
     without: str = flag("", "of PHR,PLR,NLR,NHR: tokens in these quadrants get A, the advantage "
@@ -207,8 +207,8 @@ def group_advantages(rewards, group_size):
         A_i = (r_i - mean(r)) / (std(r) + 1e-6)        over the G responses to one prompt       (1)
 
     rewards (N,) -> advantages (N,); std divides by G - 1. The mean of the group stands in for a
-    learned value network. If all G responses are right, or all wrong, every advantage is 0: such a
-    group teaches nothing, and `collect_rollouts` keeps it out of the update.
+    learned value network. If all G rewards are equal, as where all responses are right, every
+    advantage is 0: such a group teaches nothing, and `collect_rollouts` keeps it out of the update.
     """
     r = rewards.reshape(-1, group_size)                                         # (B, G)
     mean = r.mean(dim=1, keepdim=True)                                          # (B, 1)
@@ -307,7 +307,7 @@ def policy_loss(logp, old_logp, A, weight, clip_low, clip_high, clip_c):
     weight: the mask, or any other weights that are 0 outside it; all (N, T) -> scalar. It is a sum,
     so a batch can be cut anywhere, and a mean if the weights add up to 1.
     """
-    rho = (logp - old_logp).exp()                       # (N, T), 1 on a step's first mini-batch
+    rho = (logp - old_logp).exp()                       # (N, T), about 1 on the first mini-batch
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)                            # (N, T)
 
     # Once a good token is 1 + eps_high times as likely as when it was sampled, its gradient is 0,
@@ -356,13 +356,13 @@ def train(cfg):
     world = run.world           # the processes: one per GPU, each with a share of the work
     policy = run.policy         # pi_theta
     clips = (cfg.clip_low, cfg.clip_high, cfg.clip_c)
-    metrics = {}
+    unlogged = {}               # metrics of a step whose evaluation was cut short before a resume
     if cfg.resume:
-        metrics = load_checkpoint(run)      # of a last step whose evaluation was cut short
+        unlogged = load_checkpoint(run)
     else:
-        warm_up(run)                        # supervised, and only if the settings ask for it
-    if not run.history or run.history[-1]["step"] < run.done:
-        run.log(run.done, metrics | evaluate(run, run.done))
+        warm_up(run)            # supervised, and only if the settings ask for it
+    if unlogged or not run.history:
+        run.log(run.done, unlogged | evaluate(run, run.done))
 
     bar = world.bar(range(run.done + 1, cfg.steps + 1), cfg.method)
     for step in bar:
@@ -385,9 +385,10 @@ def train(cfg):
         sums = Counter()        # for the metrics
         for mini in mini_batches(run, batch):
             weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)    # (n, T)
-            mini.weight = weight / weight.sum()         # a mini-batch is the same on all processes
+            mini.weight = weight / weight.sum()         # all processes hold the whole mini-batch
             for micro in micro_batches(run, mini):      # of this process
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
+                # A term of your own, a KL penalty for example, would be one more such sum.
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
                 (loss * world.size).backward()          # FSDP averages over processes: undo that
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
@@ -409,7 +410,8 @@ def train(cfg):
         if run.is_due(step, cfg.eval_every):
             metrics |= evaluate(run, step)
         run.log(step, metrics)
-        resumed_to_its_end = cfg.resume and step == cfg.steps   # no older one may be left behind
+        # The last checkpoint in the folder must not be older than the model.
+        resumed_to_its_end = cfg.resume and step == cfg.steps
         if run.is_due(step, cfg.save_every) or resumed_to_its_end:
             save_checkpoint(run)
 
@@ -493,7 +495,7 @@ class Run:
     policy: object              # pi_theta, a Policy of part 5
     tokenizer: object
     stop_ids: list              # a response ends with one of these, the tokenizer's own first
-    sampler: object             # the model that samples: the policy's own, or a whole copy of it
+    sampler: object             # what samples: the policy's own model, or a copy that follows it
     optimizer: object = None
     stream: object = None                               # the training problems, part 6
     eval_sets: dict = field(default_factory=dict)       # {name: problems}
@@ -821,7 +823,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
 
         # Decode: one more token in every slot. (On a GPU, most of this time goes into launching
         # kernels one by one. A CUDA graph would belong here, with `width` fixed.)
-        width = int(place.max()) + 1                    # all slots are empty beyond
+        width = int(place.max()) + 1                    # no slot in use is filled further
         for layer in cache.layers:
             layer.place = place
             layer.width = width
@@ -921,7 +923,7 @@ def slots_that_fit(lm, prompts, limits, group_size, free_bytes):
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     numbers = 2 * config.num_hidden_layers * kv_heads * d * room    # keys and values
-    logits = 40 * config.vocab_size             # bytes, with what `draw` makes of them: measured
+    logits = 40 * config.vocab_size             # bytes, with the copies that `draw` makes: measured
     slot = numbers * lm.dtype.itemsize + logits
     # `generate` keeps an id (8 bytes), log p, H and a random number (4 each) for each token.
     results = 20 * group_size * len(limits) * max(limits, default=0)
@@ -1213,8 +1215,12 @@ def column_addition(a, b, rng, letters):
 def addition(split, letters=0):
     """Sums of two 4-digit numbers -> [Problem]. No problem is in two splits."""
     rng = random.Random(0)
-    numbers = rng.sample(range(10 ** 8), 128 + 8192 + 20800)    # aaaabbbb stands for aaaa+bbbb
-    parts = {"eval": numbers[:128], "train": numbers[128:8320], "warmup": numbers[8320:]}
+    sizes = {"eval": 128, "train": 8192, "warmup": 20800}
+    numbers = rng.sample(range(10 ** 8), sum(sizes.values()))       # aaaabbbb stands for aaaa+bbbb
+    parts = {}
+    for name, size in sizes.items():
+        parts[name] = numbers[:size]
+        numbers = numbers[size:]
     problems = []
     for number in parts[split]:
         a, b = divmod(number, 10 ** 4)
@@ -1319,7 +1325,7 @@ TASKS = {
     "words": Task(word_problems),
 }
 
-COLUMNS = {         # what a column may be called, in any case; the first one that is there counts
+COLUMNS = {         # what a column may be called, in upper or lower case; the first found counts
     "problem": ("problem", "question", "prompt", "messages"),
     "answer": ("answer", "final_answer", "expected_answer", "ground_truth", "solution"),
     "solution": ("solution", "response", "completion"),
@@ -1422,39 +1428,53 @@ def is_prose(solution):
 
 
 def read_rows(source, split):
-    """The rows, as dicts, of a file or of a data set: a hub id, or a folder with its files, with
-    the names of a configuration and of a split if need be, ID[:CONFIG][:SPLIT]."""
-    extension = source.lower().removesuffix(".gz").rpartition(".")[2]
-    if extension in ("json", "jsonl", "csv"):
+    """The rows of a file or of a data set, as dicts."""
+    path = source.lower().removesuffix(".gz")
+    if path.endswith((".json", ".jsonl", ".csv")):
         # Not by `datasets`, which would turn a gold such as 2024-01-01 into a time.
         opener = gzip.open if source.lower().endswith(".gz") else open
         with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
-            return read_csv(source, file) if extension == "csv" else read_json(source, file.read())
-    if extension == "parquet":
-        return list(datasets.load_dataset(extension, data_files=source, split="train"))
+            if path.endswith(".csv"):
+                return read_csv(source, file)
+            return read_json(source, file.read())
+    if path.endswith(".parquet"):
+        return list(datasets.load_dataset("parquet", data_files=source, split="train"))
+    return read_data_set(source, split)
 
-    address, bracket, some_rows = source.partition("[")         # as in ID:train[:1000]
+
+def read_data_set(source, split):
+    """The rows of a data set of the hub, or of a folder with its files, or saved to disk.
+
+    source: its id or path; then, if need be, :CONFIGURATION and :SPLIT, and [:N] for the first N
+    rows. Without a split: test or validation for evaluation, else train.
+    """
+    address, _, bounds = source.partition("[")
     name, *parts = address.split(":")
-    if os.path.exists(source):                          # a folder with a colon, as on Windows
-        name = source
+    if os.path.exists(address):                         # a folder with a colon, as on Windows
+        name = address
         parts = []
-    if glob.glob(f"{glob.escape(name)}/state.json") or os.path.exists(f"{name}/dataset_dict.json"):
+    saved = [os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")]
+    if any(saved):
         splits = datasets.load_from_disk(name)
     else:
-        is_config = len(parts) > 1 or parts and parts[0] in datasets.get_dataset_config_names(name)
-        config = parts.pop(0) if is_config else None
-        if bracket and parts:
-            return list(datasets.load_dataset(name, config, split=parts[0] + bracket + some_rows))
+        config = None
+        if len(parts) > 1 or parts and parts[0] in datasets.get_dataset_config_names(name):
+            config = parts.pop(0)
         splits = datasets.load_dataset(name, config)
     if isinstance(splits, datasets.Dataset):
         splits = {"train": splits}
+
     wanted = ["test", "validation"] if split == "eval" else ["train"]
     if parts:
         wanted = [":".join(parts)]
     there = [part for part in wanted if part in splits]
     require(there, f"{source} has no split {wanted[0]}: name one of {', '.join(splits)}, as in "
             f"{name}:{list(splits)[0]}")
-    return list(splits[there[0]])
+    rows = list(splits[there[0]])
+    if bounds:
+        start, _, end = bounds.removesuffix("]").partition(":")
+        rows = rows[int(start or 0):int(end or len(rows))]
+    return rows
 
 
 def read_json(path, text):
@@ -1514,6 +1534,7 @@ class Stream:
         self.seed = seed
         self.position = 0
         self.epoch = None
+        self.order = []                                 # the problems in the order of this epoch
 
     def take(self, n):
         """The next n problems, each as (its number in the stream, the problem)."""
@@ -1652,7 +1673,7 @@ def measure(run, batch, sums):
         reward, solve_rate          means over all responses sampled
         entropy                     mean over their tokens, nats
         response_tokens, response_length, truncated         their sum, their mean, share cut off
-        groups, groups_all_right, groups_all_wrong          sampled, and not learned from
+        groups, groups_all_right, groups_all_wrong          sampled; the latter teach nothing
         loss, grad_norm             means over the optimizer steps
         clip_fraction               share of the tokens learned from that the clips left out
         sampler_gap                 mean |log pi_sampler - log pi_old|, nats, where measured
@@ -1777,8 +1798,9 @@ def true_credit(run, batch, problems, at_most, n=16):
         I    = h(V(s)) - sum_v pi(v) h(V(s, v))     nats, h(x) = -x log x - (1 - x) log(1 - x)
         true advantage = V(s, o) - V(s)             of the token o that was drawn
 
-    s is a prefix, v a likely next token, V(s, v) the share of n continuations that are right. At
-    most at_most pairs (s, v) are continued: a response that would need more holds nan.
+    s is a prefix, v a likely next token, V(s, v) the share of n continuations that are right, drawn
+    at the temperature of evaluations from the whole policy (top_p 1). At most at_most pairs (s, v)
+    are continued: a response that would need more holds nan.
     """
     # 1. Find the pairs. Responses begin alike, and a pair that several share is continued once.
     decisions = {}                                      # i: those of response i
@@ -1943,7 +1965,7 @@ def credit_by_kind(run, name, batch):
 
 def credit_by_rule(run, batch):
     """Print how well the credit of each rule agrees with the true advantage -> metrics"""
-    # Rules differ, and can be compared, where a group has right and wrong responses.
+    # Rules differ, and can be compared, where the responses of a group earn different rewards.
     mixed = batch.mask & (batch.advantage != 0)[:, None] & batch.I.isfinite()   # (N, T)
     if not mixed.any():
         return {}
@@ -1954,7 +1976,7 @@ def credit_by_rule(run, batch):
     for method in CREDIT_RULES:
         cfg.method = method
         credits[method] = assign_credit(batch, cfg)
-    cfg.alpha = 1.9
+    cfg.alpha = 1.9             # nearly as much as (7) allows
     cfg.phi = 2.0
     credits["eapo, 1.9"] = eapo_credit(batch, cfg)
 
@@ -2627,7 +2649,7 @@ def open_run(cfg):
         with world.device:
             dtype = torch.bfloat16 if world.bf16 else torch.float32
             sampler = AutoModelForCausalLM.from_config(lm.config, dtype=dtype).eval()
-    policy = shard(Policy(lm), world, cfg.offload)
+    policy = shard(Policy(lm), world, cfg.offload)      # after which lm cannot be copied any more
     run = Run(cfg, world, out, policy, tokenizer, stop_ids, sampler)
     empty_sampler(run)
 
@@ -3302,9 +3324,11 @@ def parse_args(argv=None):
     defaults = resumed_settings(first.resume) if first.resume else preset(first.model)
     parser.set_defaults(**defaults)
     typed = vars(parser.parse_args(argv))
-    for name, value in defaults.items() if first.resume else []:
-        require(name in MAY_CHANGE or typed[name] == value, f"{first.resume} ran with "
-                f"{flag_name(name)} {value}, not {typed[name]}: leave it out, or start a new run")
+    if first.resume:
+        for name, value in defaults.items():
+            require(name in MAY_CHANGE or typed[name] == value, f"{first.resume} ran with "
+                    f"{flag_name(name)} {value}, not {typed[name]}: leave it out, or start a new "
+                    "run")
     return Config(**typed)
 
 
@@ -3369,12 +3393,13 @@ def main(argv=None):
     handlers = {number: signal.getsignal(number) for number in signals()}
     try:
         return train(cfg)
-    except KeyboardInterrupt:                           # later on Ctrl-C ends a step: on_signal
+    except KeyboardInterrupt:   # before on_signal listens, or the second Ctrl-C
         raise SystemExit("\neapo: stopped; what was saved before is kept") from None
     except OSError as error:
-        require(error.errno != errno.ENOSPC, f"the disk is full: {error.filename or cfg.out}. Make "
-                "room and go on with --resume; what was saved before is kept")
-        raise
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SystemExit("eapo: the disk is full; what was saved before is kept. Make room, and go "
+                         "on with --resume") from error
     except torch.OutOfMemoryError as error:
         error.add_note("eapo: out of memory. Smaller --microbatch-tokens help in the update, "
                        "shorter --max-response-tokens everywhere, --offload or more --gpus most")

@@ -1341,8 +1341,9 @@ def test_a_data_set_gives_the_configuration_and_the_split_named_or_the_usual_one
             ("set:main", "train", "main train"), ("set:main", "eval", "main test"),
             ("set:other", "warmup", "other train"), ("set:other", "eval", "other validation"),
             ("set:main:train", "eval", "main train"),
-            ("set:main:train[:1]", "eval", "main train")]:
+            ("set:main:train[:1]", "eval", "main train"), ("set:main[0:1]", "eval", "main test")]:
         assert [row["problem"] for row in eapo.read_rows(source, split)] == [found]
+    assert eapo.read_rows("set:main[1:]", "eval") == []
     with pytest.raises(SystemExit, match="no split dev: name one of train, validation, as in set"):
         eapo.read_rows("set:other:dev", "eval")
     for wrong in ("set", "set:mian:train"):
