@@ -425,9 +425,9 @@ def assign_credit(batch, cfg):
     """The credit of each token: what takes the place of A_t in (2).  -> (N, T), 0 outside the mask
 
     A rule of your own is a function like the ones below and an entry in CREDIT_RULES. It finds
-    `advantage`, `quadrant`, `old_logp`, `H` and so on in the Batch, whose rows are all of the
-    step's responses, those of dropped groups too. Tokens without credit still count in the
-    denominator of (2).
+    `advantage` (N,), and `quadrant`, `old_logp`, `H` (N, T) and so on in the Batch, whose rows are
+    all of the step's responses, those of dropped groups too. What it returns outside the mask does
+    not matter. Tokens without credit still count in the denominator of (2).
     """
     batch.quadrant = quadrants(batch.right, batch.H, batch.mask, cfg.group_size)
     credit = CREDIT_RULES[cfg.method](batch, cfg)                               # (N, T)
@@ -698,8 +698,8 @@ def compare_with_policy(run, batch, temperature):
 def mark(run, batch, problems):
     """Set `right`, the verdict on each response, and `reward`: +1 or -1, or less with --overlong.
 
-    A reward of your own goes here. `right` decides which groups are dropped, the quadrants and the
-    solve rate, so the reward may have any scale.
+    A reward of your own goes here: floats of any scale. But `right` alone decides the quadrants,
+    the solve rate, and which groups are dropped, those that are all right or all wrong.
     """
     cfg = run.cfg
     verdicts = []
@@ -1313,7 +1313,7 @@ class Task:
     """A task that is made here. One of your own is a function like `addition` and an entry below.
 
     Its problems bring their worked solutions for the warm-up and, if the verifier does not suit
-    them, a check of their own.
+    them, a check of their own. The tiny model knows the characters in `tiny_model` alone.
     """
     problems: object            # "train", "eval" or "warmup" -> [Problem]
     kinds: object = None        # the tokens of a response, as strings -> the kind of each: part 8
@@ -1346,6 +1346,10 @@ def load_problems(run, source, split):
         if len(problems) < len(rows):
             run.world.print(f"{source}: {len(rows) - len(problems)} of {len(rows)} rows left out, "
                             "whose solution has no \\boxed{} answer")
+    for text in (problems[0].problem, problems[0].solution) if run.cfg.model == "tiny" else []:
+        read = run.tokenizer.decode(run.tokenizer(text).input_ids)
+        require(read == text, f"of {text!r:.50} --model tiny can read only {read!r:.50}: name "
+                "another --model, or give it more characters in tiny_model")
     with one_line_errors(f"the tokenizer or the chat template of {run.cfg.model}"):
         for problem in run.world.bar(problems, f"tokens of {source}", delay=2, leave=False):
             problem.ids = prompt_ids(run.tokenizer, problem)
@@ -2519,6 +2523,7 @@ REMEDIES = {        # what an error of a library says, and what to do then
     "Unrecognized model": "an adapter (LoRA) must be merged into its base model first",
     "custom code": "code that comes with a model is never run here",
     "No space left": "make room on the disk",
+    "Couldn't reach": "there is no such file, folder or task, and no way to the hub",
 }
 
 
@@ -2884,8 +2889,6 @@ def sanity_check(run, problems):
             f"response has {longest}: lower --max-response-tokens")
     first = problems[0]
     text = run.tokenizer.decode(first.ids)
-    require(cfg.model != "tiny" or text == first.problem, f"of {first.problem!r:.50} --model tiny "
-            f"can read only {text!r:.50}: name another --model")
 
     bos = first.ids.count(run.tokenizer.bos_token_id)
     ends = run.tokenizer.convert_ids_to_tokens(run.stop_ids)
@@ -2923,21 +2926,26 @@ def check_template(run, problem):
 
 
 def check_golds(run, problems):
-    """Show what the verifier makes of the first gold answers, and how many it can read."""
+    """Show what the verifier makes of gold answers, and how many worked solutions are right."""
+    some = problems[:200]
     unread = 0
     junk = 0
-    some = [problem for problem in problems[:200] if not problem.check]
     for n, problem in enumerate(some):
         golds = problem.answer if isinstance(problem.answer, list) else [problem.answer]
         readings = [answer_in_words(str(gold)) for gold in golds]
         unread += readings.count(None) > 0
         junk += is_correct("\\boxed{no idea}", problem.answer)
-        if n < 3:
+        if n < 3 and not problem.check:
             run.world.print(f"gold answer {problem.answer!r:.60} is read as "
                             f"{readings[0] or 'signs only'!s:.60}")
-    if some:
+    if not some[0].check:
         run.world.print(f"of {len(some)} gold answers the verifier cannot read {unread}, which a "
                         f"response must then repeat\nsign by sign; it pays junk {junk} times")
+    solved = [problem for problem in some if problem.solution]
+    if solved:
+        right = [(p.check or is_correct)(p.solution, p.answer) for p in solved]
+        share = sum(right) / len(solved)
+        run.world.print(f"of {len(solved)} worked solutions {share:.0%} are right")
 
 
 def warn_of_first_step(run, metrics):
@@ -2947,7 +2955,8 @@ def warn_of_first_step(run, metrics):
                         "or see whether the stop tokens above are the model's")
     if metrics["grad_norm"] == 0:
         run.world.print("warning: nothing was learned: no group had right and wrong responses, or "
-                        "--quadrants left no token its credit; a longer warm-up may help")
+                        "--quadrants left no token\nits credit. A longer warm-up may help, unless "
+                        "--warmup-data or the check of answers is wrong")
     if metrics["sampler_gap"] > 0.1:
         run.world.print(f"warning: sampler and policy differ by {metrics['sampler_gap']} nats per "
                         "token: what is trained is not what samples")

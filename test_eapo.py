@@ -1267,10 +1267,10 @@ def test_problems_load_from_files_with_the_usual_column_names(tmp_path, name, te
 
 
 def test_a_column_with_its_own_name_wins_and_a_warm_up_takes_solutions(tmp_path):
-    rows = [{"question": "no", "problem": "1+1", "solution": "so 2", "answer": "2"}]
+    rows = [{"question": "no", "problem": "1+1", "solution": "= 2", "answer": "2"}]
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list(rows).to_parquet(str(path))
-    for split, answer, solution in (("train", "2", ""), ("warmup", None, "so 2")):
+    for split, answer, solution in (("train", "2", ""), ("warmup", None, "= 2")):
         problem, = load_file(path, split)
         assert problem.problem == "1+1"
         assert problem.answer == answer
@@ -1403,13 +1403,22 @@ def test_the_longest_prompt_of_all_sets_must_fit_the_model():
         sanity_check(run, [short])
 
 
-def test_the_tiny_model_refuses_problems_in_words():
-    run = a_run(tiny_model(0)[0], "--max-response-tokens", 8)
-    sums = Problem("1+2=", "3", ids=run.tokenizer("1+2=").input_ids)
-    words = Problem("two", "3", ids=run.tokenizer("two").input_ids)
-    sanity_check(run, [sums])
-    with pytest.raises(SystemExit, match="name another"):
-        sanity_check(run, [words])
+def test_the_tiny_model_refuses_what_it_has_no_characters_for(monkeypatch):
+    """In problems as in worked solutions, out of which they would vanish."""
+    for problem, solution in (("1+2=", "3 \\boxed{3}"), ("two", ""), ("1+2=", "1+2>3")):
+        task = eapo.Task(lambda split: [Problem(problem, "3", solution)])
+        monkeypatch.setitem(eapo.TASKS, "mine", task)
+        if solution.startswith("3"):
+            assert load_problems(a_run(), "mine", "train")[0].solution == solution
+        else:
+            with pytest.raises(SystemExit, match="--model tiny can read only"):
+                load_problems(a_run(), "mine", "train")
+
+
+def test_the_check_before_training_counts_right_solutions(capsys):
+    problems = [Problem("", "1", "\\boxed{1}"), Problem("", "1", "\\boxed{2}"), Problem("", "1")]
+    eapo.check_golds(a_run(), problems)
+    assert "of 2 worked solutions 50% are right" in capsys.readouterr().out
 
 
 def test_a_stream_gives_every_problem_once_an_epoch_and_goes_on_from_its_position():
