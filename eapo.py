@@ -1956,8 +1956,8 @@ def credit_by_kind(run, name, batch):
         counter["all"] = counter.total()
 
     metrics = {}
-    run.world.print(f"true credit in {len(measured)} responses, H and I in nats per response\n"
-                    f"  {'kind':10}    tokens         H         I       I/H")
+    run.world.print(f"true credit in {len(measured)} responses: share of tokens, H and I in nats "
+                    f"per response\n  {'kind':10}     share         H         I       I/H")
     for kind in tokens if measured else []:
         share = tokens[kind] / tokens["all"]
         ratio = I[kind] / max(H[kind], 1e-9)
@@ -1985,9 +1985,10 @@ def credit_by_rule(run, batch):
     credits["eapo, 1.9"] = eapo_credit(batch, cfg)
 
     metrics = {}
+    run.world.print("  cosine between the credit of a rule and the true advantage (1: the same)")
     for method, credit in credits.items():
         cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
-        run.world.print(f"  cosine of {method:12} with the true advantage {cosine:6.2f}")
+        run.world.print(f"  {method:12}{cosine:8.2f}")
         metrics[f"credit/cosine/{method}"] = cosine
     return rounded(metrics)
 
@@ -2627,7 +2628,9 @@ class World:
 
     def bar(self, items, name, **options):
         """A progress bar over items, on the first process."""
-        return Bar(items, desc=name, disable=self.rank > 0, dynamic_ncols=True, **options)
+        is_empty = items is not None and len(items) == 0
+        hidden = self.rank > 0 or is_empty
+        return Bar(items, desc=name, disable=hidden, dynamic_ncols=True, **options)
 
     def on_signal(self, number, _):
         """Ctrl-C and the like: finish the update that is under way, save (but not in the warm-up),
@@ -2895,7 +2898,7 @@ def sanity_check(run, problems):
     world.print(f"first prompt: {text[:400]!r}\n  {len(first.ids)} tokens, {first.ids[:5]} .. "
                 f"{first.ids[-3:]}, BOS {bos} times\nresponses end with {ends}")
     check_golds(run, problems)
-    if "boxed" not in text and cfg.model != "tiny":
+    if "boxed" not in text and not first.solution:      # tasks have solutions, to imitate first
         world.print("warning: the prompt does not ask for \\boxed{}. Unless the model boxes its "
                     "answers anyway, no response will be right: say so in the problems, or imitate "
                     "solutions first (--warmup-data)")
@@ -2939,8 +2942,9 @@ def check_golds(run, problems):
             run.world.print(f"gold answer {problem.answer!r:.60} is read as "
                             f"{readings[0] or 'signs only'!s:.60}")
     if not some[0].check:
-        run.world.print(f"of {len(some)} gold answers the verifier cannot read {unread}, which a "
-                        f"response must then repeat\nsign by sign; it pays junk {junk} times")
+        run.world.print(f"the verifier cannot read {unread} of {len(some)} gold answers"
+                        f"{', which responses must repeat sign by sign' if unread else ''}; "
+                        f"it pays junk {junk} times")
     solved = [problem for problem in some if problem.solution]
     if solved:
         right = [(p.check or is_correct)(p.solution, p.answer) for p in solved]

@@ -788,6 +788,21 @@ def test_a_response_depends_on_its_prompts_seed_alone():
     assert expected[:4] != expected[20:24]
 
 
+def test_idle_slots_are_kept_while_a_prompt_waits_for_them():
+    """Five prompts, two tries each, in the slots of one group: the first try ends earlier than the
+    second, and its slot must be there when the next prompt starts in both."""
+    lm = tiny_lm()
+    prompts = PROMPTS + [[3], [4, 4, 4, 4]]
+
+    def in_slots(slots):
+        return eapo.generate(lm, prompts, 2, [12] * 5, 1.0, 1.0, [1, 2, 3], range(5), slots)
+
+    together = in_slots(10)
+    lengths = together.response_len.reshape(5, 2)
+    assert (lengths[:-1, 0] != lengths[:-1, 1]).any()
+    assert responses_of(in_slots(2)) == responses_of(together)
+
+
 def test_nothing_to_sample_is_an_empty_batch():
     batch = sample(tiny_lm(), 4, 12, 1.0, [1], prompts=[])
     assert len(batch.ids) == len(batch.ended) == 0
@@ -948,6 +963,16 @@ def test_batches_are_put_together_and_taken_apart():
     again = both.rows(tensor([0]))
     assert again.ids.tolist() == [[5, 6, 7]]
     assert again.H.equal(one.H)
+
+
+def test_token_ids_stay_whole_numbers_where_a_process_had_nothing_to_do():
+    """Its empty batch, put together with another's, must not turn token ids into floats."""
+    nothing = make_batch([], [])
+    both = eapo.concatenate([make_batch([[5, 6]], [[7]]), nothing])
+    for batch in (nothing, both):
+        for x in (batch.ids, batch.prompt_len, batch.response_len):
+            assert x.dtype == torch.long
+    assert both.ids.tolist() == [[5, 6, 7]]
 
 
 def test_every_prompt_of_every_step_and_set_has_random_numbers_of_its_own():
@@ -1266,6 +1291,13 @@ def test_problems_load_from_files_with_the_usual_column_names(tmp_path, name, te
     assert not is_correct("\\boxed{2}", two.answer)
 
 
+@pytest.mark.parametrize("blank", ["\r\n", "  \n", "\t\n"])
+def test_a_blank_line_of_jsonl_may_hold_spaces_or_the_line_end_of_windows(tmp_path, blank):
+    row = '{"problem": "1+1", "answer": "2"}'
+    (tmp_path / "x.jsonl").write_bytes(f"{row}\r\n{blank}{row}\r\n{blank}".encode())
+    assert len(load_file(tmp_path / "x.jsonl", "train")) == 2
+
+
 def test_a_column_with_its_own_name_wins_and_a_warm_up_takes_solutions(tmp_path):
     rows = [{"question": "no", "problem": "1+1", "solution": "= 2", "answer": "2"}]
     path = tmp_path / "a.parquet"
@@ -1304,7 +1336,7 @@ def test_a_solution_that_says_its_answer_only_in_words_is_left_out(tmp_path, cap
 
 
 @pytest.mark.parametrize("gold", [
-    {"value": "2"}, [["2"]], [None], [], math.nan, None, " ", "#### "])
+    {"value": "2"}, [["2"]], [None], [], math.nan, math.inf, ["2", -math.inf], None, " ", "#### "])
 def test_a_gold_answer_that_could_never_be_paid_is_refused(tmp_path, gold):
     (tmp_path / "x.jsonl").write_text(json.dumps({"problem": "1", "answer": gold}))
     with pytest.raises(SystemExit, match="x.jsonl, row 1: the answer .*is"):
@@ -1314,12 +1346,13 @@ def test_a_gold_answer_that_could_never_be_paid_is_refused(tmp_path, gold):
 def test_the_check_before_training_shows_how_gold_answers_are_read(capsys):
     problems = [Problem("", "\\frac{1}{2}"), Problem("", ["x+1", "y"]), Problem("", "(1,2)"),
                 Problem("", "n!"), Problem("", "no solution")]
+    problems.append(Problem("", ["n!", "m!"]))
     eapo.check_golds(a_run(), problems)
     said = capsys.readouterr().out
     assert "gold answer '\\\\frac{1}{2}' is read as the number 1/2" in said
     assert "is read as a formula" in said
     assert "gold answer '(1,2)' is read as () of 2 parts" in said
-    assert "of 5 gold answers the verifier cannot read 1" in said
+    assert "the verifier cannot read 2 of 6 gold answers, which" in said
 
 
 def test_a_data_set_gives_the_configuration_and_the_split_named_or_the_usual_one(
@@ -1357,6 +1390,17 @@ def test_a_data_set_saved_to_disk_loads(tmp_path):
     datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "several")
     for name, split in (("one", "train"), ("several", "eval")):
         assert load_file(tmp_path / name, split)[0].answer == "2"
+
+
+def test_a_split_of_a_data_set_on_disk_can_be_named(tmp_path):
+    """FOLDER:hard is the split hard, although an evaluation would take test if none were named."""
+    splits = {}
+    for name in ("test", "hard"):
+        splits[name] = datasets.Dataset.from_list([{"problem": name, "answer": "2"}])
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "x")
+    for source, found in (("x", "test"), ("x:hard", "hard")):
+        rows = eapo.read_rows(f"{tmp_path}/{source}", "eval")
+        assert [row["problem"] for row in rows] == [found]
 
 
 def test_a_prompt_as_long_as_the_limit_stays_and_a_longer_one_is_left_out(tmp_path, capsys):
@@ -2046,6 +2090,20 @@ def test_the_problems_with_the_most_doubt_are_chosen_once(monkeypatch):
     assert shown[1][2] == pytest.approx([.866, .866, -.866, -.866], abs=1e-3)
 
 
+def test_a_single_try_at_a_problem_has_no_advantage(monkeypatch):
+    """With one response per problem there is no group to compare it with: A = 0 on the page."""
+    shown = []
+    monkeypatch.setattr(eapo, "show_responses", lambda run, step, problem, group: shown.append(
+        (problem, group.advantage.tolist())))
+    run = a_run(None, "--eval-samples", 1, "--credit-problems", 0)
+    batch = make_batch([[5]] * 2, [[6]] * 2)
+    batch.number = torch.arange(2)
+    batch.right = torch.tensor([True, False])
+    batch.reward = torch.tensor([1., -1])
+    eapo.look_closely(run, 0, "x", ["a", "b"], batch)
+    assert shown == [("a", [0])]
+
+
 def test_a_continuation_ends_where_its_response_would():
     """Of 6 tokens 1 is written: 5 are left. After the sixth, or after the stop token, the response
     is over, and whatever is sampled then is not looked at."""
@@ -2667,6 +2725,20 @@ def test_a_folder_that_holds_anything_is_not_written_over(undisturbed, tmp_path)
         eapo.make_folder(run)
 
 
+def test_processes_on_machines_that_share_no_folder_are_refused(tmp_path):
+    """The first process writes config.json. Another one, on a machine of its own, makes the folder
+    as well, but does not find the file there."""
+    run = a_run()
+    run.out = str(tmp_path / "here")
+    eapo.make_folder(run)
+    run.world.rank = 1
+    eapo.make_folder(run)               # on a machine that shares it
+    run.out = str(tmp_path / "there")
+    with pytest.raises(SystemExit, match="there must be one folder that all machines share"):
+        eapo.make_folder(run)
+    assert os.listdir(tmp_path / "there") == []
+
+
 def test_a_run_that_cannot_start_leaves_no_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     for wrong in (["--train-data", "none.jsonl"], ["--model", str(tmp_path / "empty")]):
@@ -2777,6 +2849,16 @@ def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_two_processes_of_which_one_has_nothing_to_sample_do_what_one_does(tmp_path, monkeypatch):
+    """One prompt per step: the second process samples nothing, and learns from the first's."""
+    args = [*SMALL, "--prompts-per-step", 1, "--steps", 2, "--save-every", 0]
+    two = start([*args, "--out", tmp_path / "two"], processes=2)
+    run_toy(monkeypatch, [*args, "--out", tmp_path / "one"])
+    finish(two)
+    assert_same_run(tmp_path / "two", tmp_path / "one", nearly=True)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_one_can_go_on(
         undisturbed, tmp_path, monkeypatch):
     """Each marks 8 responses a step. The second gets SIGTERM at its twelfth, in step 2: both end
@@ -2875,6 +2957,27 @@ def test_a_bf16_copy_samples_and_the_policy_scores(process_group, tmp_path):
         gap = batch.gap.sum() / batch.mask.sum()
         assert 1e-5 < float(gap) < 0.1
     assert run.world.clock["score"] > 0
+
+
+def test_a_policy_is_cut_at_its_decoder_layers_and_not_at_lists_within_them(process_group):
+    """A model whose layers hold lists too, as of experts: each layer is one piece, and the whole
+    model another."""
+    lm = tiny_lm()
+    for layer in lm.model.layers:
+        layer.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    run = a_run(lm)
+    run.world.sharded = True
+    policy = eapo.shard(Policy(lm), run.world, offload=False)
+    pieces = [x for x in policy.modules() if isinstance(x, eapo.fsdp.FSDPModule)]
+    assert pieces == [policy, *lm.model.layers]
+
+
+def test_a_world_takes_the_process_group_that_is_there(process_group, monkeypatch):
+    """As for a second run in one program: torch refuses to start a process group twice."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    world = eapo.World(settings())
+    assert world.sharded
+    assert world.size == 2
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -3181,6 +3284,18 @@ def test_a_checkpoint_counts_when_it_is_complete_and_the_last_two_are_kept(train
         os.truncate(part, 100)
     with pytest.raises(SystemExit, match="step-000009, delete it to go on from .*step-000008: "):
         eapo.load_checkpoint(trained)
+
+
+def test_only_the_first_process_writes_metrics_and_the_model(tmp_path):
+    """All processes have the same history and save at once, but one of them writes the files."""
+    run = a_run()
+    run.out = str(tmp_path)
+    for run.world.rank, files in ((1, []), (0, ["metrics.jsonl", "model"])):
+        run.log(5, {"x": 1})
+        eapo.save_model(run)
+        assert sorted(os.listdir(tmp_path)) == files
+    assert run.history == 2 * [{"step": 5, "x": 1}]
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 5, "x": 1}]
 
 
 def test_bad_lines_of_a_log_are_left_out(tmp_path):
