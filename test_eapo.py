@@ -3373,46 +3373,6 @@ def test_processes_share_the_memory_of_a_machine(monkeypatch):
     assert world.free_memory() == alone / 4
 
 
-class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records how many numbers each tensor holds that torch makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        several = isinstance(result, (tuple, list))
-        for x in result if several else [result]:
-            if isinstance(x, torch.Tensor):
-                self.made.append(x.numel())
-        return result
-
-
-def test_logits_are_never_held_in_full(monkeypatch):
-    """M = 512 tokens at V = 4096, in chunks of 16. The largest tensor made, and all that is kept
-    for backward, but for the head and its gradient, are under 1/8 of the whole logits."""
-    V = 4096
-    D = 32
-    M = 512
-    monkeypatch.setattr(eapo, "LOGITS_AT_ONCE", 16 * V)
-    hidden = torch.randn(M, D, requires_grad=True)
-    head = torch.randn(V, D, requires_grad=True)
-    tokens = torch.randint(V, (M,))
-    kept = []
-
-    def keep(x):
-        kept.append(x.numel())
-        return x
-    with Sizes() as sizes, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        logp, H = eapo.log_prob_and_entropy_in_chunks(hidden, head, tokens, 1.0)
-        (logp.sum() + H.sum()).backward()
-    made = [n for n in sizes.made if n != V * D]
-    kept = [n for n in kept if n != V * D]
-    assert 16 * V <= max(made) <= M * V / 8
-    assert sum(kept) <= M * V / 8
-
-
 # ---- other architectures -------------------------------------------------------------------------
 
 def test_an_architecture_with_names_of_its_own_is_trained(tmp_path, monkeypatch):
