@@ -1405,11 +1405,14 @@ def conversation(prompt, where):
     """A prompt, which is text or chat messages -> messages, of which the last one is the user's."""
     if isinstance(prompt, str) and prompt.strip():
         return [{"role": "user", "content": prompt}]
-    messages = prompt if isinstance(prompt, list) else []
-    are_text = [isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages]
-    require(messages and all(are_text) and messages[-1].get("role") == "user",
+    messages = []
+    for message in prompt if isinstance(prompt, list) else []:
+        is_message = isinstance(message, dict)
+        messages.append({key: message.get(key) if is_message else None for key in ("role", "content")})
+    are_text = all(isinstance(x, str) for message in messages for x in message.values())
+    require(messages and are_text and messages[-1]["role"] == "user",
             f"{where}: the problem must be text, or messages (role, content), the user's last")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return messages
 
 
 def gold_answer(value, where):

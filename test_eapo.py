@@ -1418,6 +1418,9 @@ def test_a_prompt_as_long_as_the_limit_stays_and_a_longer_one_is_left_out(tmp_pa
     ('{"text": "1", "answer": "1"}\n', "no problem among its columns 'text', 'answer': rename"),
     ('{"problem": "' + "1" * 40 + '", "answer": "1"}\n', "no prompt is within --max-prompt-tok"),
     ('{"problem": [{"role": "user"}], "answer": "1"}\n', "row 1: the problem must be text"),
+    ('{"problem": [{"content": "1"}, {"role": "user", "content": "1"}], "answer": "1"}\n',
+     "row 1: the problem must be text"),
+    ('{"problem": [5], "answer": "1"}\n', "row 1: the problem must be text"),
     ('{"problem": " ", "answer": "1"}\n', "row 1: the problem must be text"),
     ('{"problem": "1", "answer": "1"}\n{"problem": "2"}\n', "row 2: the answer None is not text"),
     ("", "no rows")])
