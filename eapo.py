@@ -1406,12 +1406,13 @@ def conversation(prompt, where):
     if isinstance(prompt, str) and prompt.strip():
         return [{"role": "user", "content": prompt}]
     messages = []
-    for message in prompt if isinstance(prompt, list) else []:
-        is_message = isinstance(message, dict)
-        messages.append({key: message.get(key) if is_message else None for key in ("role", "content")})
-    are_text = all(isinstance(x, str) for message in messages for x in message.values())
-    require(messages and are_text and messages[-1]["role"] == "user",
-            f"{where}: the problem must be text, or messages (role, content), the user's last")
+    for message in prompt if isinstance(prompt, list) else [None]:
+        fields = message if isinstance(message, dict) else {}
+        is_text = isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)
+        require(is_text, f"{where}: the problem must be text, or messages with role and content")
+        messages.append({"role": fields["role"], "content": fields["content"]})
+    require(messages and messages[-1]["role"] == "user",
+            f"{where}: the problem must be text, or messages of which the last is the user's")
     return messages
 
 
