@@ -682,10 +682,10 @@ def compare_with_policy(run, batch, temperature):
 
     The loss compares pi_theta with pi_old, so both must come from the same computation, and a bf16
     copy with a KV cache rounds differently from the policy. In fp32 the two should agree; the gap
-    is measured on the four longest responses, where they would differ first.
+    is measured on the longest response, where they would differ first.
     """
     longest = batch.response_len.argsort(descending=True, stable=True)
-    rows = longest if run.world.bf16 else longest[:4]
+    rows = longest if run.world.bf16 else longest[:1]
     logp, H = score(run, batch.rows(rows), temperature)                         # (rows, t)
     t = logp.shape[1]
     batch.gap = torch.full([len(batch.ids)], torch.nan)

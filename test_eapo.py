@@ -1054,17 +1054,17 @@ def test_a_bf16_sampler_is_scored_by_the_policy():
 
 
 def test_sampler_and_policy_are_compared_in_fp32_too():
-    """On the four longest responses of each batch for training: the policy has other weights."""
+    """On the longest response of each batch for training: here the policy has other weights."""
     run = a_run(tiny_model(0)[0], "--max-response-tokens", 12)
     run.sampler = tiny_model(1)[0]
     problem = Problem("", "", ids=[5, 7])
     batch = sample_and_mark(run, [(0, problem), (1, problem)], "train", 4, 1.0, 1.0)
     logp, _ = run.policy(batch, 1.0)
     gap = (logp.detach() - batch.old_logp).abs().sum(dim=1)
-    longest = batch.response_len.argsort(descending=True, stable=True)[:4]
+    longest = int(batch.response_len.argmax())
     near(batch.gap[longest], gap[longest], within=1e-4)
-    assert batch.gap.isfinite().sum() == 4
-    assert (gap > 0.1).all()
+    assert batch.gap.isfinite().sum() == 1
+    assert gap[longest] > 0.1
     batch = sample_and_mark(run, [(0, problem)], "x", 4, 1.0, 1.0)
     assert batch.gap is None
 
