@@ -2271,7 +2271,7 @@ def toy_task(rule, interrupt=None, at_call=0):
     The process sends itself the signal `interrupt` when it marks its training response number
     `at_call`, so a test knows the step in which that happens.
     """
-    calls = itertools.count(1)
+    calls = itertools.count(1 - 64)         # the check before training marks every solution
 
     def problems_of(split):
         def check(text, answer):
