@@ -1668,8 +1668,11 @@ def pass_at_k(n, c, k):
 def interval(values):
     """The 95% interval of a mean over problems, by bootstrap.  (problems,) -> (2,)"""
     n = len(values)
-    if values.min() == values.max():                    # no spread to draw from: the rule of three
-        return values[0] + torch.tensor([-3 / n, 3 / n]).clamp(-values[0], 1 - values[0])
+    if values.min() == values.max():
+        # Without spread a bootstrap draws nothing else. By the rule of three, a share that n
+        # problems did not show may still be 3 / n.
+        mean = float(values[0])
+        return torch.tensor([max(0.0, mean - 3 / n), min(1.0, mean + 3 / n)])
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(n, (2000, n), generator=generator)    # 2000 samples with replacement
     return torch.quantile(values[draws].mean(dim=1), torch.tensor([0.025, 0.975]))
@@ -1880,7 +1883,7 @@ def find_decisions(run, batch, i):
         likely[o] = float(p[t, o])
         total = sum(likely.values())
         pi = {(*s, v): likely[v] / total for v in sorted(likely)}
-        s = (*s, o)
+        s = (*s, o)                                     # the pair drawn, and the next prefix
         if len(pi) > 1:
             found.append(Decision(t, s, pi))
     return found
@@ -1943,7 +1946,10 @@ def look_closely(run, step, name, problems, batch):
 
 
 def credit_by_kind(run, name, batch):
-    """Print how much of the entropy and of the true credit each kind of token holds -> metrics"""
+    """Print how much of the entropy and of the true credit each kind of token holds -> metrics
+
+    credit/KIND/tokens: its share of the tokens; H, I: its nats per response; I/H: their ratio.
+    """
     measured = batch.I[:, 0].isfinite().nonzero().flatten().tolist()            # responses
     kinds_of = TASKS[name].kinds if name in TASKS else None
     tokens = Counter()                                  # kind: how many tokens
@@ -1963,11 +1969,13 @@ def credit_by_kind(run, name, batch):
     run.world.print(f"true credit in {len(measured)} responses: share of tokens, H and I in nats "
                     f"per response\n  {'kind':10}     share         H         I       I/H")
     for kind in tokens if measured else []:
-        share = tokens[kind] / tokens["all"]
-        ratio = I[kind] / max(H[kind], 1e-9)
-        run.world.print(f"  {kind:10}{share:10.3f}{H[kind]:10.3f}{I[kind]:10.3f}{ratio:10.3f}")
-        row = {"tokens": share, "H": H[kind], "I": I[kind], "I/H": ratio}
-        metrics |= {f"credit/{kind}/{key}": x for key, x in row.items()}
+        row = {"tokens": tokens[kind] / tokens["all"], "H": H[kind], "I": I[kind]}
+        row["I/H"] = I[kind] / max(H[kind], 1e-9)
+        line = f"  {kind:10}"
+        for key, x in row.items():
+            line += f"{x:10.3f}"
+            metrics[f"credit/{kind}/{key}"] = x
+        run.world.print(line)
     return rounded(metrics)
 
 
@@ -2733,8 +2741,9 @@ def folder_of(cfg, world):
     if cfg.resume:
         require(checkpoints(out), f"{out} holds no checkpoint, see --save-every: start a new run")
         return out
-    is_free = not os.path.exists(out) or os.path.isdir(out) and not os.listdir(out)
-    require(is_free, f"--out {out} is not empty: choose another, or --resume it if it is a run")
+    is_empty = os.path.isdir(out) and not os.listdir(out)
+    require(is_empty or not os.path.exists(out),
+            f"--out {out} is not empty: choose another, or --resume it if it is a run")
     inside = os.path.realpath(out).startswith(os.path.realpath(cfg.model) + os.sep)
     require(not inside or not os.path.isdir(cfg.model),
             f"--out {out} lies in the folder of --model: choose another")
