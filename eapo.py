@@ -108,8 +108,7 @@ class Config:
     seed: int = flag(0, "seed of weights, order of problems and sampling")
     resume: str = flag("", "folder of a run to continue; only one that you trust, as reading a "
                            "checkpoint can run code in it (pickle)")
-    save_every: int = flag(20, "steps between checkpoints; 0: only when the run is stopped, or "
-                               "when a resumed run ends")
+    save_every: int = flag(20, "steps between checkpoints; 0: only when the run is stopped")
 
     warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
                             "supervised warm-up before RL, for models that do not know the task")
@@ -163,7 +162,9 @@ class Config:
 
     def __post_init__(self):
         if self.eval_only:
-            self.steps = self.warmup_steps = 0
+            self.steps = 0
+            self.warmup_steps = 0
+            self.eval_every = 1
         check_settings(self)
 
 
@@ -356,13 +357,12 @@ def train(cfg):
     world = run.world           # the processes: one per GPU, each with a share of the work
     policy = run.policy         # pi_theta
     clips = (cfg.clip_low, cfg.clip_high, cfg.clip_c)
-    unlogged = {}               # metrics of a step whose evaluation was cut short before a resume
     if cfg.resume:
-        unlogged = load_checkpoint(run)
+        load_checkpoint(run)
     else:
         warm_up(run)            # supervised, and only if the settings ask for it
-    if unlogged or not run.history:
-        run.log(run.done, unlogged | evaluate(run, run.done))
+    if run.lacks_evaluation():
+        run.log(run.done, evaluate(run, run.done))
 
     bar = world.bar(range(run.done + 1, cfg.steps + 1), cfg.method)
     for step in bar:
@@ -410,9 +410,7 @@ def train(cfg):
         if run.is_due(step, cfg.eval_every):
             metrics |= evaluate(run, step)
         run.log(step, metrics)
-        # The last checkpoint in the folder must not be older than the model.
-        resumed_to_its_end = cfg.resume and step == cfg.steps
-        if run.is_due(step, cfg.save_every) or resumed_to_its_end:
+        if run.is_due(step, cfg.save_every):
             save_checkpoint(run)
 
     if run.stopped:
@@ -508,16 +506,20 @@ class Run:
         """True every so many steps (0: never), and after the last step."""
         return every > 0 and (step % every == 0 or step == self.cfg.steps)
 
+    def lacks_evaluation(self):
+        """True at the start, and on resume if the evaluation that was due has been cut short."""
+        last = self.history[-1] if self.history else {}
+        is_evaluated = any(key.startswith("eval/") for key in last)
+        return self.is_due(self.done, self.cfg.eval_every) and not is_evaluated
+
     def log(self, step, metrics):
-        """Add a step to history, metrics.jsonl and the page; warn of likely mistakes."""
+        """Add a row to history, to metrics.jsonl and to the page."""
         if not metrics:
             return
         self.history.append({"step": step, **metrics})
         if self.world.rank == 0:
             with open(f"{self.out}/metrics.jsonl", "a") as file:
                 file.write(json.dumps(self.history[-1]) + "\n")
-        if step == 1:
-            warn_of_first_step(self, metrics)
         if step < self.cfg.steps:       # at the end the model is saved first: close_run
             write_page(self)
 
@@ -1308,22 +1310,11 @@ def addition_kinds(tokens):
     return kinds
 
 
-@dataclass
-class Task:
-    """A task that is made here. One of your own is a function like `addition` and an entry below.
-
-    Its problems bring their worked solutions for the warm-up and, if the verifier does not suit
-    them, a check of their own. The tiny model knows the characters in `tiny_model` alone.
-    """
-    problems: object            # "train", "eval" or "warmup" -> [Problem]
-    kinds: object = None        # the tokens of a response, as strings -> the kind of each: part 8
-
-
-TASKS = {
-    "addition": Task(addition, addition_kinds),
-    "chatter": Task(chatter, addition_kinds),
-    "words": Task(word_problems),
-}
+# The tasks that are made here. One of your own is a function like `addition` and an entry: its
+# problems bring their worked solutions for the warm-up and, if the verifier does not suit them, a
+# check of their own. The tiny model knows only the characters in `tiny_model`.
+TASKS = {"addition": addition, "chatter": chatter, "words": word_problems}
+KINDS = {"addition": addition_kinds, "chatter": addition_kinds}     # for the table of part 8
 
 COLUMNS = {         # what a column may be called, in upper or lower case; the first found counts
     "problem": ("problem", "question", "prompt", "messages"),
@@ -1338,7 +1329,7 @@ def load_problems(run, source, split):
     split: train, eval, or warmup, whose problems have a solution instead of an answer.
     """
     if source in TASKS:
-        problems = TASKS[source].problems(split)
+        problems = TASKS[source](split)
     else:
         with one_line_errors(f"--{split}-data {source}"):
             rows = read_rows(source, split)
@@ -1453,13 +1444,12 @@ def read_rows(source, split):
 def read_data_set(source, split):
     """The rows of a data set of the hub, or of a folder with its files, or saved to disk.
 
-    source: its id or path; then, if need be, :CONFIGURATION and :SPLIT, and [:N] for the first N
-    rows. Without a split: test or validation for evaluation, else train.
+    source: its id or path; then, if need be, :CONFIGURATION and :SPLIT. Without a split: test or
+    validation for evaluation, else train.
     """
-    address, _, bounds = source.partition("[")
-    name, *parts = address.split(":")
-    if os.path.exists(address):                         # a folder with a colon, as on Windows
-        name = address
+    name, *parts = source.split(":")
+    if os.path.exists(source):                          # a folder with a colon, as on Windows
+        name = source
         parts = []
     saved = [os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")]
     if any(saved):
@@ -1478,11 +1468,7 @@ def read_data_set(source, split):
     there = [part for part in wanted if part in splits]
     require(there, f"{source} has no split {wanted[0]}: name one of {', '.join(splits)}, as in "
             f"{name}:{list(splits)[0]}")
-    rows = list(splits[there[0]])
-    if bounds:
-        start, _, end = bounds.removesuffix("]").partition(":")
-        rows = rows[int(start or 0):int(end or len(rows))]
-    return rows
+    return list(splits[there[0]])
 
 
 def read_json(path, text):
@@ -1729,6 +1715,8 @@ def measure(run, batch, sums):
         here = batch.quadrant[learned] == code                                  # (tokens,)
         metrics[f"tokens/{name}"] = here.sum() / learned_tokens
         metrics[f"advantage/{name}"] = credit[here].sum() / all_credit
+    if run.done == 1:
+        warn_of_first_step(run, metrics)
     return rounded(metrics)
 
 
@@ -1951,7 +1939,7 @@ def credit_by_kind(run, name, batch):
     credit/KIND/tokens: its share of the tokens; H, I: its nats per response; I/H: their ratio.
     """
     measured = batch.I[:, 0].isfinite().nonzero().flatten().tolist()            # responses
-    kinds_of = TASKS[name].kinds if name in TASKS else None
+    kinds_of = KINDS.get(name)
     tokens = Counter()                                  # kind: how many tokens
     H = Counter()                                       # kind: nats per response
     I = Counter()
@@ -2579,11 +2567,7 @@ class World:
         """[x of process 0, x of process 1, ...] on every process."""
         parts = [x] * self.size
         if self.size > 1:
-            try:
-                dist.all_gather_object(parts, x)
-            except RuntimeError as error:               # the others did not answer in time
-                error.add_note(f"eapo: process {self.rank} of {self.size}, phase {self.phase}")
-                raise
+            dist.all_gather_object(parts, x)
         return parts
 
     def sum(self, x):
@@ -2673,7 +2657,7 @@ def open_run(cfg):
     run = Run(cfg, world, out, policy, tokenizer, stop_ids, sampler)
     empty_sampler(run)
 
-    if cfg.eval_every > 0 or cfg.eval_only:
+    if cfg.eval_every > 0:
         load_eval_sets(run)
     if cfg.eval_only:
         problems = sum(run.eval_sets.values(), [])
@@ -2832,26 +2816,21 @@ def check_sampling(lm):
 
 
 def check_memory(cfg, world):
-    """Say what weights, gradients and moments take, and refuse what cannot fit, before loading."""
+    """Print what the model will take, and refuse what cannot fit, before it is loaded."""
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
         lm = AutoModelForCausalLM.from_config(config)
     parameters = sum(p.numel() for p in lm.parameters())
-    # fp32 weights, and for training gradients and AdamW's two moments. Activations, KV cache and
-    # logits come on top.
+    # Four bytes each for fp32 weights and, in training, gradients and AdamW's two moments.
+    # Activations, KV cache and logits come on top.
     state = (4 if cfg.eval_only else 16) * parameters / world.size
     copy = (2 if world.bf16 else 4) * parameters * world.sharded
+    room = world.host_memory() if cfg.offload else world.free_memory()
     world.print(f"{cfg.model}: {parameters / 1e6:.1f}M parameters on {world.size} x "
                 f"{world.device.type}. GB per process: {state / 1e9:.2f} for weights, gradients "
-                f"and moments, {copy / 1e9:.2f} for the copy that samples; there are "
-                f"{world.free_memory() / 1e9:.2f}, and {world.host_memory() / 1e9:.2f} of the host")
-    if cfg.offload and world.device.type == "cuda":
-        require(state < world.host_memory(),
-                f"{cfg.model} does not fit with --offload: use more --gpus or a smaller model")
-        state = 0
-    while_sampling = copy + state * (1 if cfg.eval_only else 12 / 16)       # without gradients
-    require(max(state, while_sampling) < world.free_memory(),
-            f"{cfg.model} does not fit: use more --gpus, --offload, or a smaller model")
+                f"and moments, of {room / 1e9:.2f}, and {copy / 1e9:.2f} for the copy that samples")
+    require(state < room, f"{cfg.model} does not fit: use more --gpus, --offload, or a smaller "
+            "model")
 
 
 def shard(policy, world, offload):
@@ -3055,10 +3034,7 @@ def save_checkpoint(run):
 
 
 def load_checkpoint(run):
-    """Continue from the last checkpoint: weights, moments, data position and logs.
-
-    Returns the metrics of its step if they lack an evaluation, else {}.
-    """
+    """Continue from the last checkpoint: weights, moments, data position and logs."""
     state = checkpoint_state(run)
     data = state["data"]
     *earlier, path = checkpoints(run.out)
@@ -3075,14 +3051,9 @@ def load_checkpoint(run):
     if run.done == 0:           # to save an unused optimizer, torch has let it take an empty step
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
-    # What comes after the checkpoint will be done again: take it out of the logs, and with it a
-    # last step without the evaluation that was due, which a signal has cut short.
-    run.history = read_log(f"{run.out}/metrics.jsonl", last_step=run.done)
-    unfinished = {}
-    if run.history and run.is_due(run.done, run.cfg.eval_every):
-        if not any(key.startswith("eval/") for key in run.history[-1]):
-            unfinished = run.history.pop()
-    last_step = run.history[-1]["step"] if run.history else -1
+    # What comes after the checkpoint will be done again: take it out of the logs.
+    run.history = read_log(f"{run.out}/metrics.jsonl", run.done)
+    last_step = run.done - 1 if run.lacks_evaluation() else run.done
     responses = read_log(f"{run.out}/responses.jsonl", last_step)
     run.world.gather(None)                              # all have read them
     if run.world.rank == 0:
@@ -3090,7 +3061,6 @@ def load_checkpoint(run):
             lines = [json.dumps(row) + "\n" for row in rows]
             replace_file(f"{run.out}/{name}", "".join(lines))
         write_settings(run)
-    return unfinished
 
 
 def read_log(path, last_step):
