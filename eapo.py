@@ -34,7 +34,8 @@ The file reads from the top like a newspaper, the method first and then what it 
     1 Settings    2 The algorithm    3 The loop: `train`, one step on one screen
     4 Rollouts    5 The policy       6 Problems    7 Evaluation and metrics
     8 Credit, measured
-    Appendices: A The verifier    B The machine    C The page    D The command line
+    Appendices: A The verifier    B Data    C The machine    D What a run shows
+                E The command line
 
 Run `python eapo.py` to watch a tiny model learn to carry digits, in about a minute on a laptop;
 `python eapo.py --model Qwen/Qwen2.5-Math-7B` for the paper's run, on all GPUs of the machine; and
@@ -170,7 +171,7 @@ class Config:
 
 PRESETS = {         # a model's name, or a part of it, and the settings that such a model changes
     "tiny": dict(
-        train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1200,
+        train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1600,
         warmup_learning_rate=3e-3, steps=20, prompts_per_step=32, prompts_per_minibatch=8,
         resample=0, learning_rate=5e-4, top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
         eval_samples=8, eval_temperature=1.0, eval_top_p=1.0, credit_problems=4, save_every=0),
@@ -488,7 +489,7 @@ CREDIT_RULES = {
 class Run:
     """What the parts of a run share."""
     cfg: Config
-    world: object               # the processes, Appendix B
+    world: object               # the processes, Appendix C
     out: str                    # folder of the run
     policy: object              # pi_theta, a Policy of part 5
     tokenizer: object
@@ -498,7 +499,7 @@ class Run:
     stream: object = None                               # the training problems, part 6
     eval_sets: dict = field(default_factory=dict)       # {name: problems}
     history: list = field(default_factory=list)         # the rows of metrics.jsonl
-    page: dict = field(default_factory=dict)            # what report.html shows, Appendix C
+    page: dict = field(default_factory=dict)            # what report.html shows, Appendix D
     done: int = 0               # steps finished, and where a resumed run goes on from
     stopped: bool = False       # by a signal, which all processes know of
 
@@ -1217,7 +1218,7 @@ def column_addition(a, b, rng, letters):
 def addition(split, letters=0):
     """Sums of two 4-digit numbers -> [Problem]. No problem is in two splits."""
     rng = random.Random(0)
-    sizes = {"eval": 128, "train": 8192, "warmup": 20800}
+    sizes = {"eval": 128, "train": 2048, "warmup": 16384}
     numbers = rng.sample(range(10 ** 8), sum(sizes.values()))       # aaaabbbb stands for aaaa+bbbb
     parts = {}
     for name, size in sizes.items():
@@ -1316,12 +1317,6 @@ def addition_kinds(tokens):
 TASKS = {"addition": addition, "chatter": chatter, "words": word_problems}
 KINDS = {"addition": addition_kinds, "chatter": addition_kinds}     # for the table of part 8
 
-COLUMNS = {         # what a column may be called, in upper or lower case; the first found counts
-    "problem": ("problem", "question", "prompt", "messages"),
-    "answer": ("answer", "final_answer", "expected_answer", "ground_truth", "solution"),
-    "solution": ("solution", "response", "completion"),
-}
-
 
 def load_problems(run, source, split):
     """The problems of a task, a file or a hub data set, with their prompts as tokens.
@@ -1352,148 +1347,6 @@ def load_problems(run, source, split):
         run.world.print(f"{source}: {len(problems) - len(short)} of {len(problems)} prompts left "
                         f"out, longer than --max-prompt-tokens {limit}")
     return short
-
-
-def problems_from_rows(source, rows, wanted):
-    """Rows of a table -> [Problem] with the problem and `wanted`: its answer or its solution."""
-    require(rows, f"{source}: no rows")
-    columns = {}
-    for role in ("problem", wanted):
-        names = [name for name in COLUMNS[role] if name in plain_row(rows[0])]
-        require(names, f"{source} has no {role} among its columns "
-                f"{', '.join(map(repr, rows[0]))}: rename one to '{role}'")
-        columns[role] = names[0]
-
-    problems = []
-    for n, row in enumerate(rows, 1):
-        where = f"{source}, row {n}"
-        row = plain_row(row)
-        messages = conversation(row.get(columns["problem"]), where)
-        problem = Problem(messages[-1]["content"], messages=messages)
-        value = row.get(columns[wanted])
-        if wanted == "solution":
-            require(isinstance(value, str) and value, f"{where}: the solution must be text")
-            problem.solution = value
-        else:
-            problem.answer = gold_answer(value, where)
-            is_solution = columns[wanted] == "solution" and isinstance(problem.answer, str)
-            if is_solution and is_prose(problem.answer):
-                continue
-        problems.append(problem)
-    require(problems, f"{source}: no solution holds an answer in \\boxed{{}}")
-    return problems
-
-
-def plain_row(row):
-    """A row with the names of its columns in lower case, and without verl's nesting."""
-    row = {str(name).lower(): value for name, value in row.items()}
-    if isinstance(row.get("reward_model"), dict):
-        row |= row["reward_model"]                      # which holds the ground_truth
-    return row
-
-
-def conversation(prompt, where):
-    """A prompt, which is text or chat messages -> messages, of which the last one is the user's."""
-    if isinstance(prompt, str) and prompt.strip():
-        return [{"role": "user", "content": prompt}]
-    messages = []
-    for message in prompt if isinstance(prompt, list) else [None]:
-        fields = message if isinstance(message, dict) else {}
-        is_text = isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)
-        require(is_text, f"{where}: the problem must be text, or messages with role and content")
-        messages.append({"role": fields["role"], "content": fields["content"]})
-    require(messages and messages[-1]["role"] == "user",
-            f"{where}: the problem must be text, or messages of which the last is the user's")
-    return messages
-
-
-def gold_answer(value, where):
-    """The gold answer in a column: text, a number, or a list of alternatives; else an error."""
-    golds = []
-    for gold in value if isinstance(value, list) else [value]:
-        if isinstance(gold, str) and extract_answer(gold) is None:
-            gold = gold.rpartition("####")[2].strip()   # GSM8K writes the answer after these
-        is_number = isinstance(gold, (int, float)) and abs(gold) < math.inf     # nan is not
-        require(is_number or isinstance(gold, str) and gold,
-                f"{where}: the answer {value!r:.60} is not text, a number or a list of these")
-        golds.append(gold)
-    require(golds, f"{where}: the answer is empty")
-    return golds if isinstance(value, list) else golds[0]
-
-
-def is_prose(solution):
-    """Whether a solution says its answer only in words, where the verifier cannot find it."""
-    return extract_answer(solution) is None and len(solution.split()) > 5
-
-
-def read_rows(source, split):
-    """The rows of a file or of a data set, as dicts."""
-    path = source.lower().removesuffix(".gz")
-    if path.endswith((".json", ".jsonl", ".csv")):
-        # Not by `datasets`, which would turn a gold such as 2024-01-01 into a time.
-        opener = gzip.open if source.lower().endswith(".gz") else open
-        with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
-            if path.endswith(".csv"):
-                return read_csv(source, file)
-            return read_json(source, file.read())
-    if path.endswith(".parquet"):
-        return list(datasets.load_dataset("parquet", data_files=source, split="train"))
-    return read_data_set(source, split)
-
-
-def read_data_set(source, split):
-    """The rows of a data set of the hub, or of a folder with its files, or saved to disk.
-
-    source: its id or path; then, if need be, :CONFIGURATION and :SPLIT. Without a split: test or
-    validation for evaluation, else train.
-    """
-    name, *parts = source.split(":")
-    if os.path.exists(source):                          # a folder with a colon, as on Windows
-        name = source
-        parts = []
-    saved = [os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")]
-    if any(saved):
-        splits = datasets.load_from_disk(name)
-    else:
-        config = None
-        if len(parts) > 1 or parts and parts[0] in datasets.get_dataset_config_names(name):
-            config = parts.pop(0)
-        splits = datasets.load_dataset(name, config)
-    if isinstance(splits, datasets.Dataset):
-        splits = {"train": splits}
-
-    wanted = ["test", "validation"] if split == "eval" else ["train"]
-    if parts:
-        wanted = [":".join(parts)]
-    there = [part for part in wanted if part in splits]
-    require(there, f"{source} has no split {wanted[0]}: name one of {', '.join(splits)}, as in "
-            f"{name}:{list(splits)[0]}")
-    return list(splits[there[0]])
-
-
-def read_json(path, text):
-    """The objects of JSON text: one per line, or all in an array."""
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        rows = []
-        for n, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                with one_line_errors(f"{path}, line {n}"):
-                    rows.append(json.loads(line))
-    for n, row in enumerate(rows, 1):
-        require(isinstance(row, dict), f"{path}, row {n}: not an object")
-    return rows
-
-
-def read_csv(path, file):
-    """The rows of CSV text, all of whose values are strings."""
-    rows = list(csv.DictReader(file))
-    for n, row in enumerate(rows, 1):
-        fits = None not in row and None not in row.values()
-        require(fits, f"{path}, row {n}: not as many values as columns. Put quotes around a value "
-                "that holds a comma or a new line")
-    return rows
 
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -1606,32 +1459,6 @@ def eval_metrics(batch, k, every_k):
     return rounded(scores)
 
 
-def outcome(run, name):
-    """What came of a run: the first and the last evaluation of a set, in words."""
-    avg = f"avg@{run.cfg.eval_samples}"
-    rows = [row for row in run.history if f"eval/{name}/{avg}" in row]
-    if not rows:
-        return f"{name} was not evaluated"
-
-    def scores(row):
-        return [row[f"eval/{name}/{key}"] for key in ("avg_low", avg, "avg_high")]
-    first_low, first, first_high = scores(rows[0])
-    low, last, high = scores(rows[-1])
-    text = f"{avg.title()} on {name}: {first:.3f}"
-    if len(rows) == 1:
-        return text
-    verdict = "no difference is shown, as their 95% intervals overlap"
-    if low > first_high or high < first_low:
-        verdict = f"{'better' if last > first else 'worse'} beyond their 95% intervals"
-    return f"{text} before, {last:.3f} after {rows[-1]['step']} steps: {verdict}"
-
-
-def sparkline(values):
-    """Numbers from 0 to 1 as a row of bars, at most 60 of them."""
-    few = values[::math.ceil(len(values) / 60)]
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * x))] for x in few)
-
-
 def rounded(metrics):
     """Scalar tensors and floats -> floats with six decimals; integers stay as they are."""
     result = {}
@@ -1718,70 +1545,6 @@ def measure(run, batch, sums):
     if run.done == 1:
         warn_of_first_step(run, metrics)
     return rounded(metrics)
-
-
-def write_responses(run, step, name, problems, batch):
-    """Add the responses of an evaluation to responses.jsonl, with their verdicts."""
-    if run.world.rank > 0:
-        return
-    with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as file:
-        for i, text in enumerate(texts(run, batch)):
-            number = int(batch.number[i])
-            problem = problems[number]
-            H = batch.H[i, :int(batch.response_len[i])]                         # (tokens,)
-            row = {"step": step, "set": name, "number": number, "problem": problem.problem,
-                   "answer": problem.answer, "right": bool(batch.right[i]), "tokens": len(H),
-                   "ended": bool(batch.ended[i]), "entropy": round(float(H.mean()), 6),
-                   "response": text}
-            file.write(json.dumps(row, default=str) + "\n")
-
-
-def explain_scores(run):
-    """Say once what the numbers and the colours of evaluations mean."""
-    k = run.cfg.eval_samples
-    run.world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its "
-                    f"95% interval;\nPass@{k} the share of problems with a right try; entropy is "
-                    "in nats per token.")
-    if sys.stdout.isatty():
-        run.world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; tokens "
-                        "in \033[1mbold\033[0m have an entropy above\nthe mean of the tries.")
-
-
-def print_evaluation(run, step, name, problems, batch, scores):
-    """Print the scores, and responses to the problem of which about half are right."""
-    k = run.cfg.eval_samples
-    when = f"step {step}" if step > 0 else "base"
-    run.world.print(f"\n{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f} "
-                    f"({scores['avg_low']:.3f} to {scores['avg_high']:.3f}), "
-                    f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f}")
-    share = batch.right.reshape(-1, k).float().mean(dim=1)                      # (problems,)
-    number = int((share - 0.5).abs().argmin())
-    print_responses(run, problems[number], batch.rows(batch.number == number))
-
-
-def print_responses(run, problem, group):
-    """Print a problem and up to three responses, both right and wrong ones if there are; on a
-    terminal colours show the quadrants of tokens."""
-    colours = ["", "1;32", "32", "31", "1;31"]          # by quadrant code
-    codes = quadrants(group.right, group.H, group.mask, len(group.ids))
-    wrong_first = group.right.long().argsort(stable=True).tolist()
-    run.world.print(f"  {printable(problem.problem):.76}")
-    for i in sorted({*wrong_first[:2], wrong_first[-1]}):
-        line = "  right  " if group.right[i] else "  wrong  "
-        for t, token in enumerate(group.response(i)[:400]):
-            text = printable(run.tokenizer.decode([token], skip_special_tokens=True))
-            if sys.stdout.isatty():
-                text = f"\033[{colours[codes[i, t]]}m{text}\033[0m"
-            line += text
-        run.world.print(line)
-
-
-def printable(text):
-    """Text from outside, with what cannot be printed made visible, such as escape codes."""
-    visible = ""
-    for character in str(text):
-        visible += character if character.isprintable() else ascii(character)[1:-1]
-    return visible
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2483,7 +2246,160 @@ def numbers_close(ours, gold, slack):
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix B. The machine: processes and GPUs, opening a run, checkpoints, errors in one line.
+# Appendix B. Data: problems from files and from data sets, in the usual layouts.
+# --------------------------------------------------------------------------------------------------
+
+COLUMNS = {         # what a column may be called, in upper or lower case; the first found counts
+    "problem": ("problem", "question", "prompt", "messages"),
+    "answer": ("answer", "final_answer", "expected_answer", "ground_truth", "solution"),
+    "solution": ("solution", "response", "completion"),
+}
+
+
+def problems_from_rows(source, rows, wanted):
+    """Rows of a table -> [Problem] with the problem and `wanted`: its answer or its solution."""
+    require(rows, f"{source}: no rows")
+    columns = {}
+    for role in ("problem", wanted):
+        names = [name for name in COLUMNS[role] if name in plain_row(rows[0])]
+        require(names, f"{source} has no {role} among its columns "
+                f"{', '.join(map(repr, rows[0]))}: rename one to '{role}'")
+        columns[role] = names[0]
+
+    problems = []
+    for n, row in enumerate(rows, 1):
+        where = f"{source}, row {n}"
+        row = plain_row(row)
+        messages = conversation(row.get(columns["problem"]), where)
+        problem = Problem(messages[-1]["content"], messages=messages)
+        value = row.get(columns[wanted])
+        if wanted == "solution":
+            require(isinstance(value, str) and value, f"{where}: the solution must be text")
+            problem.solution = value
+        else:
+            problem.answer = gold_answer(value, where)
+            is_solution = columns[wanted] == "solution" and isinstance(problem.answer, str)
+            if is_solution and is_prose(problem.answer):
+                continue
+        problems.append(problem)
+    require(problems, f"{source}: no solution holds an answer in \\boxed{{}}")
+    return problems
+
+
+def plain_row(row):
+    """A row with the names of its columns in lower case, and without verl's nesting."""
+    row = {str(name).lower(): value for name, value in row.items()}
+    if isinstance(row.get("reward_model"), dict):
+        row |= row["reward_model"]                      # which holds the ground_truth
+    return row
+
+
+def conversation(prompt, where):
+    """A prompt, which is text or chat messages -> messages, of which the last one is the user's."""
+    if isinstance(prompt, str) and prompt.strip():
+        return [{"role": "user", "content": prompt}]
+    messages = []
+    for message in prompt if isinstance(prompt, list) else [None]:
+        fields = message if isinstance(message, dict) else {}
+        is_text = isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)
+        require(is_text, f"{where}: the problem must be text, or messages with role and content")
+        messages.append({"role": fields["role"], "content": fields["content"]})
+    require(messages and messages[-1]["role"] == "user",
+            f"{where}: the problem must be text, or messages of which the last is the user's")
+    return messages
+
+
+def gold_answer(value, where):
+    """The gold answer in a column: text, a number, or a list of alternatives; else an error."""
+    golds = []
+    for gold in value if isinstance(value, list) else [value]:
+        if isinstance(gold, str) and extract_answer(gold) is None:
+            gold = gold.rpartition("####")[2].strip()   # GSM8K writes the answer after these
+        is_number = isinstance(gold, (int, float)) and abs(gold) < math.inf     # nan is not
+        require(is_number or isinstance(gold, str) and gold,
+                f"{where}: the answer {value!r:.60} is not text, a number or a list of these")
+        golds.append(gold)
+    require(golds, f"{where}: the answer is empty")
+    return golds if isinstance(value, list) else golds[0]
+
+
+def is_prose(solution):
+    """Whether a solution says its answer only in words, where the verifier cannot find it."""
+    return extract_answer(solution) is None and len(solution.split()) > 5
+
+
+def read_rows(source, split):
+    """The rows of a file or of a data set, as dicts."""
+    path = source.lower().removesuffix(".gz")
+    if path.endswith((".json", ".jsonl", ".csv")):
+        # Not by `datasets`, which would turn a gold such as 2024-01-01 into a time.
+        opener = gzip.open if source.lower().endswith(".gz") else open
+        with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
+            if path.endswith(".csv"):
+                return read_csv(source, file)
+            return read_json(source, file.read())
+    if path.endswith(".parquet"):
+        return list(datasets.load_dataset("parquet", data_files=source, split="train"))
+    return read_data_set(source, split)
+
+
+def read_data_set(source, split):
+    """The rows of a data set of the hub, or of a folder with its files, or saved to disk.
+
+    source: its id or path; then, if need be, :CONFIGURATION and :SPLIT. Without a split: test or
+    validation for evaluation, else train.
+    """
+    name, *parts = source.split(":")
+    if os.path.exists(source):                          # a folder with a colon, as on Windows
+        name = source
+        parts = []
+    saved = [os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")]
+    if any(saved):
+        splits = datasets.load_from_disk(name)
+    else:
+        config = None
+        if len(parts) > 1 or parts and parts[0] in datasets.get_dataset_config_names(name):
+            config = parts.pop(0)
+        splits = datasets.load_dataset(name, config)
+    if isinstance(splits, datasets.Dataset):
+        splits = {"train": splits}
+
+    wanted = ["test", "validation"] if split == "eval" else ["train"]
+    if parts:
+        wanted = [":".join(parts)]
+    there = [part for part in wanted if part in splits]
+    require(there, f"{source} has no split {wanted[0]}: name one of {', '.join(splits)}, as in "
+            f"{name}:{list(splits)[0]}")
+    return list(splits[there[0]])
+
+
+def read_json(path, text):
+    """The objects of JSON text: one per line, or all in an array."""
+    if text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = []
+        for n, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                with one_line_errors(f"{path}, line {n}"):
+                    rows.append(json.loads(line))
+    for n, row in enumerate(rows, 1):
+        require(isinstance(row, dict), f"{path}, row {n}: not an object")
+    return rows
+
+
+def read_csv(path, file):
+    """The rows of CSV text, all of whose values are strings."""
+    rows = list(csv.DictReader(file))
+    for n, row in enumerate(rows, 1):
+        fits = None not in row and None not in row.values()
+        require(fits, f"{path}, row {n}: not as many values as columns. Put quotes around a value "
+                "that holds a comma or a new line")
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix C. The machine: processes and GPUs, opening a run, checkpoints, errors in one line.
 #
 # On a CPU, and for the tiny model anywhere, one process holds the whole model in fp32 and samples
 # from it. Any other model on GPUs: one process per GPU holds a part of the fp32 weights, gradients
@@ -2640,6 +2556,8 @@ class World:
             with contextlib.suppress(OSError):          # the terminal may be gone
                 os.write(2, b"\neapo: stopping; Ctrl-C again stops at once, without saving\n")
 
+
+# ---- Opening and closing a run. ------------------------------------------------------------------
 
 def open_run(cfg):
     """Processes, folder, model and problems of a Config -> a Run, ready for its first step."""
@@ -2871,6 +2789,8 @@ def empty_sampler(run):
             weight.data = weight.data.new_empty(0)
 
 
+# ---- What is checked before the first step and after it. -----------------------------------------
+
 def sanity_check(run, problems):
     """Check the usual reasons for learning nothing, and show the first prompt as the model sees it.
     """
@@ -2967,6 +2887,8 @@ def warn_of_long_steps(run, tokens):
         run.world.print(f"At {rate:.0f} tokens/s a step of up to {most} tokens takes up to "
                         f"{most / rate / 60:.0f} minutes, and\nthen learns from them.")
 
+
+# ---- Files: the model and the checkpoints. -------------------------------------------------------
 
 def replace_file(path, text):
     """Write a file beside its place and rename it, so that there is never half a file."""
@@ -3075,10 +2997,102 @@ def read_log(path, last_step):
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix C. The page, report.html: where does the credit go? It runs no script and loads nothing,
-# and what comes from a model or a file can only be text in it.
+# Appendix D. What a run shows: on the screen, in responses.jsonl, and on a page, report.html.
 # --------------------------------------------------------------------------------------------------
 
+def explain_scores(run):
+    """Say once what the numbers and the colours of evaluations mean."""
+    k = run.cfg.eval_samples
+    run.world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its "
+                    f"95% interval;\nPass@{k} the share of problems with a right try; entropy is "
+                    "in nats per token.")
+    if sys.stdout.isatty():
+        run.world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; tokens "
+                        "in \033[1mbold\033[0m have an entropy above\nthe mean of the tries.")
+
+
+def print_evaluation(run, step, name, problems, batch, scores):
+    """Print the scores, and responses to the problem of which about half are right."""
+    k = run.cfg.eval_samples
+    when = f"step {step}" if step > 0 else "base"
+    run.world.print(f"\n{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f} "
+                    f"({scores['avg_low']:.3f} to {scores['avg_high']:.3f}), "
+                    f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f}")
+    share = batch.right.reshape(-1, k).float().mean(dim=1)                      # (problems,)
+    number = int((share - 0.5).abs().argmin())
+    print_responses(run, problems[number], batch.rows(batch.number == number))
+
+
+def print_responses(run, problem, group):
+    """Print a problem and up to three responses, both right and wrong ones if there are; on a
+    terminal colours show the quadrants of tokens."""
+    colours = ["", "1;32", "32", "31", "1;31"]          # by quadrant code
+    codes = quadrants(group.right, group.H, group.mask, len(group.ids))
+    wrong_first = group.right.long().argsort(stable=True).tolist()
+    run.world.print(f"  {printable(problem.problem):.76}")
+    for i in sorted({*wrong_first[:2], wrong_first[-1]}):
+        line = "  right  " if group.right[i] else "  wrong  "
+        for t, token in enumerate(group.response(i)[:400]):
+            text = printable(run.tokenizer.decode([token], skip_special_tokens=True))
+            if sys.stdout.isatty():
+                text = f"\033[{colours[codes[i, t]]}m{text}\033[0m"
+            line += text
+        run.world.print(line)
+
+
+def printable(text):
+    """Text from outside, with what cannot be printed made visible, such as escape codes."""
+    visible = ""
+    for character in str(text):
+        visible += character if character.isprintable() else ascii(character)[1:-1]
+    return visible
+
+
+def outcome(run, name):
+    """What came of a run: the first and the last evaluation of a set, in words."""
+    avg = f"avg@{run.cfg.eval_samples}"
+    rows = [row for row in run.history if f"eval/{name}/{avg}" in row]
+    if not rows:
+        return f"{name} was not evaluated"
+
+    def scores(row):
+        return [row[f"eval/{name}/{key}"] for key in ("avg_low", avg, "avg_high")]
+    first_low, first, first_high = scores(rows[0])
+    low, last, high = scores(rows[-1])
+    text = f"{avg.title()} on {name}: {first:.3f}"
+    if len(rows) == 1:
+        return text
+    verdict = "no difference is shown, as their 95% intervals overlap"
+    if low > first_high or high < first_low:
+        verdict = f"{'better' if last > first else 'worse'} beyond their 95% intervals"
+    return f"{text} before, {last:.3f} after {rows[-1]['step']} steps: {verdict}"
+
+
+def sparkline(values):
+    """Numbers from 0 to 1 as a row of bars, at most 60 of them."""
+    few = values[::math.ceil(len(values) / 60)]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * x))] for x in few)
+
+
+def write_responses(run, step, name, problems, batch):
+    """Add the responses of an evaluation to responses.jsonl, with their verdicts."""
+    if run.world.rank > 0:
+        return
+    with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as file:
+        for i, text in enumerate(texts(run, batch)):
+            number = int(batch.number[i])
+            problem = problems[number]
+            H = batch.H[i, :int(batch.response_len[i])]                         # (tokens,)
+            row = {"step": step, "set": name, "number": number, "problem": problem.problem,
+                   "answer": problem.answer, "right": bool(batch.right[i]), "tokens": len(H),
+                   "ended": bool(batch.ended[i]), "entropy": round(float(H.mean()), 6),
+                   "response": text}
+            file.write(json.dumps(row, default=str) + "\n")
+
+
+# ---- The page: where does the credit go? ---------------------------------------------------------
+#
+# It runs no script and loads nothing, and what comes from a model or a file can only be text in it.
 # The numbers of a token are variables of its style, such as --H: the bars take their heights from
 # them, and the radio buttons say which of them is --credit.
 PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
@@ -3248,7 +3262,7 @@ def curve(title, steps, low, middle, high):
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix D. The command line.
+# Appendix E. The command line.
 # --------------------------------------------------------------------------------------------------
 
 def split_names(text):

@@ -1195,7 +1195,7 @@ def test_chatter_is_the_same_task_with_letters_that_nothing_depends_on():
 
 def test_evaluation_training_and_warm_up_share_no_problem():
     texts = []
-    for split, size in (("eval", 128), ("train", 8192), ("warmup", 20800)):
+    for split, size in (("eval", 128), ("train", 2048), ("warmup", 16384)):
         problems = eapo.addition(split)
         assert len(problems) == size
         texts += [problem.problem for problem in problems]
