@@ -2,11 +2,10 @@
 
 Give a language model a problem whose answer can be checked. Let it try G times, mark each try right
 or wrong, and make the tokens of the better tries likelier. That is GRPO (group relative policy
-optimization). It gives every token of a response the same credit, although most of them were no
-decision at all: after `3+4=` the model is sure of its `7`. EAPO (entropy-aware policy
-optimization; He et al. 2026, arXiv 2604.11056v1) measures how unsure the model was before each
-token, its entropy H, and gives unsure tokens a little more of the credit or of the blame, and sure
-tokens a little less.
+optimization). It gives every token of a response the same credit, although most of them involved no
+real decision: after `3+4=` the model is sure of its `7`. EAPO (entropy-aware policy optimization;
+He et al. 2026, arXiv 2604.11056v1) measures how unsure the model was before each token, its entropy
+H. Tokens drawn where it was unsure get a little more credit or blame, the others a little less.
 
     A_i     = (r_i - mean(r)) / std(r)                             one number per response      (1)
     L       = - mean of min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)                      (2)
@@ -14,16 +13,17 @@ tokens a little less.
     A^CA_t  = A + alpha sign(A) score_t                            takes the place of A in (2)  (7)
 
 (1) and (2) are GRPO, with the asymmetric clip of DAPO; (6) and (7) make it EAPO. The equation
-numbers are the paper's, except for (1), which it does not number.
+numbers are the paper's, except for (1), which it does not number. In the code a mean is a sum with
+weights that add up to 1: see `token_weights`.
 
-The letters, here and in the code:
+The letters, here and in the code (a small letter in a shape means some of them, M some tokens):
 
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
     T      tokens of the longest response    V  vocabulary    D  size of a hidden state
     r      reward of a response: +1 if its answer is right, -1 if not                        (N,)
     A      advantage of a response: how much better it was than its group, (1)               (N,)
     A^CA   credit of a token, (7)                                                            (N, T)
-    pi_old the policy as it was when the step began, which sampled the responses
+    pi_old the policy as it was when the step began; the responses come from it
     H      entropy of pi_old just before each token was drawn, in nats                       (N, T)
     mu_H, sigma_H   mean and standard deviation of H over all response tokens of a group     (N, 1)
     rho    pi_theta / pi_old: how much likelier a token has become since it was sampled      (N, T)
@@ -107,30 +107,31 @@ class Config:
     eval_data: str = flag("HuggingFaceH4/MATH-500", "the same; several with commas between them")
     out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
     seed: int = flag(0, "seed of weights, order of problems and sampling")
-    resume: str = flag("", "folder of a run to continue; only one that you trust, as reading a "
-                           "checkpoint can run code in it (pickle)")
+    resume: str = flag("", "folder of a run to continue; use only folders that you trust, as "
+                           "reading a checkpoint can run code in it (pickle)")
     save_every: int = flag(20, "steps between checkpoints; 0: only when the run is stopped")
 
     warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
                             "supervised warm-up before RL, for models that do not know the task")
     warmup_steps: int = flag(0, "optimizer steps, with 16 solutions each; 0: no warm-up")
-    warmup_learning_rate: float = flag(1e-5, "its peak; the rate rises over 20 steps (fewer do not "
-                                             "reach the peak) and falls over the last 30%")
+    warmup_learning_rate: float = flag(1e-5, "peak; the rate rises over the first 20 steps and "
+                                             "falls over the last 30%")
 
     steps: int = flag(220, "RL steps: each samples a batch and learns from it", "the batch")
     prompts_per_step: int = flag(512, "groups to learn from in a step; fewer if --resample rounds "
-                                      "do not find so many")
+                                      "do not find enough")
     group_size: int = flag(8, "G, responses per prompt")
     prompts_per_minibatch: int = flag(32, "at most this many prompts per optimizer step")
     microbatch_tokens: int = flag(0, "padded tokens per pass through the model; changes memory and "
                                      "speed, not results; 0: 16384 on a GPU, 2048 on a CPU")
     resample: int = flag(2, "at most this many more rounds of sampling per step, to replace groups "
-                            "that are all right or all wrong (dynamic sampling)")
+                            "whose responses are all right or all wrong (dynamic sampling)")
 
     max_prompt_tokens: int = flag(1024, "longer prompts are left out", "sampling")
     max_response_tokens: int = flag(3072, "responses are cut off after this many tokens")
     temperature: float = flag(1.0, "in training: of sampling, log-probabilities and entropies")
-    top_p: float = flag(0.95, "draw from the fewest tokens that have this probability; 1: from all")
+    top_p: float = flag(0.95, "draw only from the likeliest tokens, which together reach this "
+                              "probability; 1: from all")
 
     method: str = flag("eapo", "rule of credit: eapo, grpo, forking, entroadv or w-reinforce; dapo "
                                "is grpo with --resample 2 --overlong 0.2", "credit and loss")
@@ -147,15 +148,15 @@ class Config:
                                     "over the tokens of each group, then over groups")
     overlong: float = flag(0.0, "the reward falls by up to 1 over this last share of "
                                 "--max-response-tokens (DAPO's soft penalty); 0: off")
-    learning_rate: float = flag(1e-6, "of AdamW; constant")
+    learning_rate: float = flag(1e-6, "AdamW's learning rate; constant")
 
     eval_every: int = flag(10, "steps between evaluations, besides those before the first and "
                                "after the last step; 0: none", "evaluation")
     eval_samples: int = flag(4, "responses per problem: the k of Avg@k and Pass@k")
-    eval_temperature: float = flag(0.6, "of sampling in evaluations; 0: greedy")
-    eval_top_p: float = flag(0.95, "of sampling in evaluations")
-    credit_problems: int = flag(0, "held-out problems in which true credit is measured, at both "
-                                   "ends of the run, with some 1600 continuations each (part 8)")
+    eval_temperature: float = flag(0.6, "sampling temperature in evaluations; 0: greedy")
+    eval_top_p: float = flag(0.95, "--top-p in evaluations")
+    credit_problems: int = flag(0, "held-out problems in which true credit is measured, before "
+                                   "and after, with up to 1600 continuations each (part 8)")
     eval_only: bool = flag(False, "only evaluate, for instance with --model FOLDER/model")
 
     gpus: int = flag(0, "GPUs of this machine to use; 0: all", "the machine")
@@ -172,9 +173,10 @@ class Config:
 PRESETS = {         # a model's name, or a part of it, and the settings that such a model changes
     "tiny": dict(
         train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1600,
-        warmup_learning_rate=3e-3, steps=20, prompts_per_step=32, prompts_per_minibatch=8,
+        warmup_learning_rate=3e-3, steps=14, prompts_per_step=64, prompts_per_minibatch=16,
         resample=0, learning_rate=5e-4, top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
-        eval_samples=8, eval_temperature=1.0, eval_top_p=1.0, credit_problems=4, save_every=0),
+        eval_every=7, eval_samples=8, eval_temperature=1.0, eval_top_p=1.0, credit_problems=4,
+        save_every=0),
     "SmolLM2-135M": dict(
         train_data="words", eval_data="words", warmup_data="words", warmup_steps=12,
         warmup_learning_rate=5e-5, steps=14, group_size=4, prompts_per_step=16,
@@ -247,8 +249,8 @@ def entropy_score(A, H, mask, group_size, phi):
         score_t = clip((H_t - mu_H) / sigma_H, -|A| / phi, +|A| / phi)                          (6)
 
     A (N,), H (N, T), mask (N, T) -> (N, T), meaningless outside the mask. The bound grows with |A|,
-    so that entropy can refine an advantage and never outweigh it. The paper calls this "dual
-    clipping"; the clips of the loss, in `policy_loss`, are others.
+    so that (7), with alpha < phi, can refine an advantage but never outweigh it. The paper calls
+    this "dual clipping". It has nothing to do with the "dual clip" in `policy_loss`.
     """
     mu, sigma = entropy_mean_and_std(H, mask, group_size)                       # (N, 1) both
     z = (H - mu) / sigma                                # (N, T), in standard deviations
@@ -310,12 +312,12 @@ def policy_loss(logp, old_logp, A, weight, clip_low, clip_high, clip_c):
     so a batch can be cut anywhere, and a mean if the weights add up to 1.
     """
     rho = (logp - old_logp).exp()                       # (N, T), about 1 on the first mini-batch
-    clipped = rho.clamp(1 - clip_low, 1 + clip_high)                            # (N, T)
+    rho_clipped = rho.clamp(1 - clip_low, 1 + clip_high)                        # (N, T)
 
     # Once a good token is 1 + eps_high times as likely as when it was sampled, its gradient is 0,
     # and so is a bad token's at 1 - eps_low. min keeps the gradient of a token that went the wrong
     # way: a bad token that has become likelier is pushed back.
-    gain = torch.min(rho * A, clipped * A)                                      # (N, T)   (2)
+    gain = torch.min(rho * A, rho_clipped * A)                                  # (N, T)   (2)
 
     # For a bad token that has become much likelier, rho * A has no lower bound. The "dual clip" of
     # PPO (Ye et al. 2020) stops it at c * A: beyond rho = c the gradient is 0.
@@ -353,7 +355,7 @@ def token_weights(mask, group_size, loss_mean):
 # --------------------------------------------------------------------------------------------------
 
 def train(cfg):
-    """Reinforcement learning with verifiable rewards -> the Run. All it leaves is in its folder."""
+    """Reinforcement learning with verifiable rewards -> the Run. Its files are in run.out."""
     run = open_run(cfg)
     world = run.world           # the processes: one per GPU, each with a share of the work
     policy = run.policy         # pi_theta
@@ -372,7 +374,7 @@ def train(cfg):
         # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
-        if run.stopped:         # by Ctrl-C, for example: the responses are not whole
+        if run.stopped:         # by Ctrl-C, for example: this step is given up
             break
 
         # Credit each response against its group, and then each token by its entropy (or by another
@@ -381,30 +383,32 @@ def train(cfg):
         batch.credit = assign_credit(batch, cfg)                                # (N, T)   (7)
 
         # Update: one optimizer step on (2) for each mini-batch. A mini-batch may not fit in memory,
-        # so its gradient is summed over micro-batches.
+        # so its gradient is summed over micro-batches, of which each process takes its share. FSDP
+        # averages gradients over processes, where we want the sum: hence `* world.size`.
         world.begin("update")
-        sums = Counter()        # for the metrics
+        sums = Counter()        # over the optimizer steps, for the metrics
         for mini in mini_batches(run, batch):
             weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)    # (n, T)
             mini.weight = weight / weight.sum()         # all processes hold the whole mini-batch
             for micro in micro_batches(run, mini):      # of this process
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
-                # A term of your own, a KL penalty for example, would be one more such sum.
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                (loss * world.size).backward()          # FSDP averages over processes: undo that
+                # Add a term of your own here, weighted by micro.weight. For a KL penalty, put the
+                # log-probabilities of the reference model into a new field of Batch before.
+                (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
                 sums["loss"] += float(loss.detach())
             # A rare large gradient must not undo the rest: its norm is cut to 1, as is usual.
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
-            sums["grad_norm"] += finite(world, norm)    # or the run ends here
+            sums["grad_norm"] += finite(world, norm)    # ends the run if it is not
             sums["updates"] += 1
             run.optimizer.step()
             run.optimizer.zero_grad()
         run.done = step
 
         # Evaluate, and save. Watch the solve rate: the loss of a policy gradient does not measure
-        # progress. Its value stays near 0 for most rules, and only its gradient means something.
+        # progress. For most rules its value stays near 0; only its gradient is meaningful.
         metrics = measure(run, batch, sums)
         bar.set_postfix_str(f"solve rate {metrics['solve_rate']:.0%}, entropy "
                             f"{metrics['entropy']:.3f} nats", refresh=False)
@@ -418,6 +422,46 @@ def train(cfg):
         save_checkpoint(run)
     close_run(run)
     return run
+
+
+@dataclass
+class Run:
+    """What the parts of a run share."""
+    cfg: Config
+    world: object               # the processes, Appendix C
+    out: str                    # folder of the run
+    policy: object              # pi_theta, a Policy of part 5
+    tokenizer: object
+    stop_ids: list              # a response ends with one of these, the tokenizer's own first
+    sampler: object             # what samples: the policy's own model, or a copy that follows it
+    optimizer: object = None
+    stream: object = None                               # the training problems, part 6
+    eval_sets: dict = field(default_factory=dict)       # {name: problems}
+    history: list = field(default_factory=list)         # the rows of metrics.jsonl
+    page: dict = field(default_factory=dict)            # what report.html shows: `show_responses`
+    done: int = 0               # steps finished, and where a resumed run goes on from
+    stopped: bool = False       # by a signal, which all processes know of
+
+    def is_due(self, step, every):
+        """True every so many steps (0: never), and after the last step."""
+        return every > 0 and (step % every == 0 or step == self.cfg.steps)
+
+    def lacks_evaluation(self):
+        """True at the start, and if the evaluation that was due at the last step was cut short."""
+        last = self.history[-1] if self.history else {}
+        is_evaluated = any(key.startswith("eval/") for key in last)
+        return self.is_due(self.done, self.cfg.eval_every) and not is_evaluated
+
+    def log(self, step, metrics):
+        """Add a row to history, to metrics.jsonl and to the page."""
+        if not metrics:
+            return
+        self.history.append({"step": step, **metrics})
+        if self.world.rank == 0:
+            with open(f"{self.out}/metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
+        if step < self.cfg.steps:       # at the end the model is saved first: close_run
+            write_page(self)
 
 
 def assign_credit(batch, cfg):
@@ -485,46 +529,6 @@ CREDIT_RULES = {
 }
 
 
-@dataclass
-class Run:
-    """What the parts of a run share."""
-    cfg: Config
-    world: object               # the processes, Appendix C
-    out: str                    # folder of the run
-    policy: object              # pi_theta, a Policy of part 5
-    tokenizer: object
-    stop_ids: list              # a response ends with one of these, the tokenizer's own first
-    sampler: object             # what samples: the policy's own model, or a copy that follows it
-    optimizer: object = None
-    stream: object = None                               # the training problems, part 6
-    eval_sets: dict = field(default_factory=dict)       # {name: problems}
-    history: list = field(default_factory=list)         # the rows of metrics.jsonl
-    page: dict = field(default_factory=dict)            # what report.html shows, Appendix D
-    done: int = 0               # steps finished, and where a resumed run goes on from
-    stopped: bool = False       # by a signal, which all processes know of
-
-    def is_due(self, step, every):
-        """True every so many steps (0: never), and after the last step."""
-        return every > 0 and (step % every == 0 or step == self.cfg.steps)
-
-    def lacks_evaluation(self):
-        """True at the start, and on resume if the evaluation that was due has been cut short."""
-        last = self.history[-1] if self.history else {}
-        is_evaluated = any(key.startswith("eval/") for key in last)
-        return self.is_due(self.done, self.cfg.eval_every) and not is_evaluated
-
-    def log(self, step, metrics):
-        """Add a row to history, to metrics.jsonl and to the page."""
-        if not metrics:
-            return
-        self.history.append({"step": step, **metrics})
-        if self.world.rank == 0:
-            with open(f"{self.out}/metrics.jsonl", "a") as file:
-                file.write(json.dumps(self.history[-1]) + "\n")
-        if step < self.cfg.steps:       # at the end the model is saved first: close_run
-            write_page(self)
-
-
 # --------------------------------------------------------------------------------------------------
 # Part 4. Rollouts: from prompts to a Batch of marked responses, with log-probability and entropy of
 # all their tokens. Each process samples and marks its share; then all have the whole batch.
@@ -554,8 +558,8 @@ class Batch:
     credit: torch.Tensor = None     # (N, T) what the loss takes as A: A^CA, or another rule's
     quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside the mask
     weight: torch.Tensor = None     # (N, T) what each token counts in the loss
-    V: torch.Tensor = None          # (N, T) measured chance, before each token, to be right: part 8
-    I: torch.Tensor = None          # (N, T) true credit: what the token tells about that, nats
+    V: torch.Tensor = None          # (N, T) chance, before each token, of a right answer: part 8
+    I: torch.Tensor = None          # (N, T) true credit: what the token tells about it, nats
     true_advantage: torch.Tensor = None     # (N, T) V after the token minus V before it
 
     @property
@@ -616,11 +620,11 @@ def concatenate(batches):
 
 
 def collect_rollouts(run):
-    """Sample and mark until prompts_per_step groups can teach something -> all that was sampled.
+    """Sample and mark until prompts_per_step groups are mixed -> all that was sampled.
 
-    A group that is all right or all wrong cannot: its advantages are 0 (or, with --overlong, about
-    length alone). `kept` is False there, and while rounds are left, the next problems are tried in
-    its place: dynamic sampling, as in DAPO.
+    A group whose responses are all right or all wrong teaches nothing: its advantages are 0 (or,
+    with --overlong, about length alone). `kept` is False there and, while rounds are left, further
+    problems are sampled to replace it: dynamic sampling, as in DAPO.
     """
     cfg = run.cfg
     rounds = []
@@ -653,8 +657,7 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     world.begin("sample")
     mine = world.share(numbered)
     prompts = [problem.ids for _, problem in mine]
-    names = [f"{cfg.seed} {name} {number}" for number, _ in mine]
-    seeds = [crc32(text.encode()) for text in names]
+    seeds = [crc32(f"{cfg.seed} {name} {number}".encode()) for number, _ in mine]
     lm = fill_sampler(run)
     limits = [problem.limit or cfg.max_response_tokens for _, problem in mine]
     most = samples * sum(limits)                        # tokens
@@ -687,8 +690,8 @@ def compare_with_policy(run, batch, temperature):
     copy with a KV cache rounds differently from the policy. In fp32 the two should agree; the gap
     is measured on the longest response, where they would differ first.
     """
-    longest = batch.response_len.argsort(descending=True, stable=True)
-    rows = longest if run.world.bf16 else longest[:1]
+    by_length = batch.response_len.argsort(descending=True, stable=True)
+    rows = by_length if run.world.bf16 else by_length[:1]       # all, or the longest alone
     logp, H = score(run, batch.rows(rows), temperature)                         # (rows, t)
     t = logp.shape[1]
     batch.gap = torch.full([len(batch.ids)], torch.nan)
@@ -716,8 +719,8 @@ def mark(run, batch, problems):
     # evenly to -1 at the limit.
     if cfg.overlong > 0:
         last_share = cfg.overlong * cfg.max_response_tokens
-        room = cfg.max_response_tokens - batch.response_len                     # tokens left
-        batch.reward -= (1 - room / last_share).clamp(0, 1)
+        left = cfg.max_response_tokens - batch.response_len                     # (N,) tokens
+        batch.reward -= (1 - left / last_share).clamp(0, 1)
 
 
 def texts(run, batch):
@@ -788,7 +791,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     u = torch.zeros(N + 1, max_tokens)                                          # random numbers
     for rows, seed in zip(u.split(G), seeds):
         generator = torch.Generator().manual_seed(seed)
-        rows.copy_(torch.rand(max_tokens, G, generator=generator).T)    # token by token
+        # Drawn for all G tries at token 0, then at token 1, ..: max_tokens changes no number.
+        rows.copy_(torch.rand(max_tokens, G, generator=generator).T)
     u = u.to(device)
 
     # What each slot is doing.
@@ -800,8 +804,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
 
     waiting = list(range(len(prompts)))
     while waiting or (response < N).any():
-        # Prefill. We skip its logits: the first decode step reads the last prompt token once more,
-        # writes the same key and value again, and draws from there.
+        # Prefill. It makes no logits: the first decode step reads the last prompt token once more,
+        # which writes the same key and value again, so that all tokens are drawn in one place.
         free = (response == N).nonzero()[:, 0]
         at_once = max(1, 16384 // room)                 # bounds the memory that reading takes
         n = min(len(free) // G, len(waiting), at_once)
@@ -879,6 +883,7 @@ class SlotLayer(transformers.cache_utils.DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         """The newest token's keys and values, (slots, kv heads, 1, d) -> those of all tokens."""
         slot = torch.arange(len(self.place), device=self.place.device)
+        # Two index tensors around a slice select (slots, kv heads, d).
         self.keys[slot, :, self.place] = keys[:, :, 0]
         self.values[slot, :, self.place] = values[:, :, 0]
         return self.keys[:, :, :self.width], self.values[:, :, :self.width]
@@ -920,7 +925,7 @@ def decode_mask(config, place, width):
 
 
 def slots_that_fit(lm, prompts, limits, group_size, free_bytes):
-    """How many slots fit into 4/5 of the free memory, with their KV cache and logits."""
+    """How many slots, each with its KV cache and logits, fit into 4/5 of the memory."""
     config = lm.config
     room = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=1)  # tokens
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -936,9 +941,9 @@ def slots_that_fit(lm, prompts, limits, group_size, free_bytes):
 def draw(logits, u, temperature, top_p):
     """One token per row by inverse CDF sampling.  logits (rows, V), u (rows,) in [0, 1) -> (rows,)
 
-    Lay the tokens end to end, each as long as its probability: the token drawn is the one in which
-    u falls. top_p < 1 lays out only the likeliest tokens, as many as it takes to reach top_p, and
-    always at least one. Temperature 0 takes the likeliest.
+    Lay the tokens end to end, each taking up a length equal to its probability: u falls in the one
+    that is drawn. top_p < 1 lays out only the likeliest tokens, as many as it takes to reach top_p,
+    and always at least one. Temperature 0 takes the likeliest.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -968,7 +973,7 @@ def log_prob_and_entropy(logits, tokens, temperature):
 
     logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all come here,
     so they agree. Temperature 0, which draws greedily, counts as 1. top_p plays no part: tokens are
-    drawn from a truncated pi, but pi_old and rho mean the whole of it, as in verl.
+    drawn from a truncated pi, but pi_old and rho refer to the whole of it, as in verl.
     """
     if temperature == 0:
         temperature = 1.0
@@ -990,8 +995,8 @@ class Policy(torch.nn.Module):
         ids = batch.ids                                                         # (N, L)
         mask = batch.mask                                                       # (N, T)
         if len(ids) == 0:
-            # This process has no more rows, but under FSDP all must run the model equally often,
-            # so it runs on a dummy token whose output is not used.
+            # This process has no more rows, but under FSDP all must run the model equally often.
+            # So it runs on a dummy token; the loss of no rows is 0, and so are its gradients.
             ids = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
 
         # Rows are padded on the right, where no token of a causal model can see the padding. So
@@ -1010,8 +1015,8 @@ class Policy(torch.nn.Module):
         return outside.index_put((row, t), logp), outside.index_put((row, t), H)
 
 
-# How many logits at a time: 128 MB in fp32, and 1 GB on GPUs. There every chunk adds its gradient
-# of the head in bf16, and rounds, so chunks should be few.
+# How many logits at a time: 128 MB in fp32, and 1 GB on GPUs. There the chunks' gradients of the
+# head are added up in bf16, and every addition rounds, so we want few chunks.
 LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 25
 
 
@@ -1035,11 +1040,13 @@ def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
     return torch.cat(logps), torch.cat(entropies)                               # (M,) both
 
 
+# ---- The update: its batches. --------------------------------------------------------------------
+
 def mini_batches(run, batch):
     """The kept groups in mini-batches, each of which makes one optimizer step.
 
-    They hold at most prompts_per_minibatch groups, their sizes differ by at most one, and their
-    order is that of the stream, which is random.
+    They hold at most prompts_per_minibatch groups, their sizes differ by at most one, and they keep
+    the random order of the stream.
     """
     groups = batch.kept.nonzero().reshape(-1, run.cfg.group_size)               # (groups, G) rows
     count = math.ceil(len(groups) / run.cfg.prompts_per_minibatch)
@@ -1052,9 +1059,9 @@ def mini_batches(run, batch):
 def micro_batches(run, batch):
     """This process's rows of a batch, in pieces that fit in memory, on the device that computes.
 
-    All processes must run the model equally often, and in every round they wait for the largest
-    piece. So the rows are cut once for all processes, sorted by length, and dealt out in turn: the
-    pieces of one round are alike. In the last round some may be empty.
+    All processes must run the model equally often, and each round lasts as long as its largest
+    piece. So all rows are sorted by length, cut into pieces, and dealt out in turn: the pieces of a
+    round are about equally large. In the last round some may be empty.
     """
     world = run.world
     tokens = world.microbatch_tokens
@@ -1097,10 +1104,12 @@ def finite(world, norm):
     return norm
 
 
-def warm_up(run):
-    """Supervised warm-up: imitate worked solutions, so that RL has something to mark.
+# ---- Supervised warm-up, and a model to warm up. -------------------------------------------------
 
-    RL can only reinforce what the model already tries now and then. The loss is the mean of -log p
+def warm_up(run):
+    """Supervised warm-up: imitate worked solutions, so that RL has right responses to reinforce.
+
+    RL can only reinforce what the model already does now and then. The loss is the mean of -log p
     over the tokens of the solutions, their stop tokens included.
     """
     cfg = run.cfg
@@ -1203,9 +1212,9 @@ def column_addition(a, b, rng, letters):
     result = ""
     total = 0
     for x, y in zip(reversed(f"{a:04}"), reversed(f"{b:04}")):
-        # A sum that feels big is carried more often: sigmoid((sum - 12.5) / 1.5).
-        carries = 1 / (1 + math.exp((12.5 - total) / 1.5))
-        carry = bool(columns) and rng.random() < carries
+        # The bigger the column before, the likelier a carry: sigmoid((its sum - 12.5) / 1.5).
+        chance = 1 / (1 + math.exp((12.5 - total) / 1.5))
+        carry = bool(columns) and rng.random() < chance
         x, y = rng.sample((x, y), 2)
         total = int(x) + int(y) + carry
         plus_one = "+1" if carry else ""
@@ -1237,7 +1246,7 @@ def chatter(split):
     """The same sums, but the solutions babble: `9+0=9kcm 7+4=11pba ..`.
 
     The letters are the most uncertain tokens (H = log 16 = 2.8 nats), and nothing depends on them.
-    A rule that takes entropy for importance gives them its credit, and takes it from the carries.
+    A rule that mistakes entropy for importance credits them at the expense of the carries.
     """
     return addition(split, letters=3)
 
@@ -1260,7 +1269,7 @@ def word_problems(split):
     """Word problems of one step -> [Problem]. No story with the same two numbers is in two splits.
 
     The worked solutions are by someone who tosses a coin: add or multiply? Half of them are wrong,
-    for example, if Ana has 9 pens and finds 4 more:
+    like this one for Ana, who has 9 pens and finds 4 more:
 
         9 * 4 = 36. \\boxed{36}
 
@@ -1289,7 +1298,7 @@ def addition_kinds(tokens):
     """What does each token of a column addition decide?  strings -> names, one per token
 
     "order": which digit of the column comes first. "carry": whether +1 or = follows the two digits,
-    in all columns but the first, which has nothing to carry. "letter": chatter. "rest": all else.
+    in all columns but the first, which has nothing to carry. "letter": chatter. "rest": the others.
     """
     kinds = []
     column = 0
@@ -1332,10 +1341,11 @@ def load_problems(run, source, split):
         if len(problems) < len(rows):
             run.world.print(f"{source}: {len(rows) - len(problems)} of {len(rows)} rows left out, "
                             "whose solution has no \\boxed{} answer")
-    for text in (problems[0].problem, problems[0].solution) if run.cfg.model == "tiny" else []:
-        read = run.tokenizer.decode(run.tokenizer(text).input_ids)
-        require(read == text, f"of {text!r:.50} --model tiny can read only {read!r:.50}: name "
-                "another --model, or give it more characters in tiny_model")
+    if run.cfg.model == "tiny":
+        for text in (problems[0].problem, problems[0].solution):
+            read = run.tokenizer.decode(run.tokenizer(text).input_ids)
+            require(read == text, f"of {text!r:.50} --model tiny can read only {read!r:.50}: name "
+                    "another --model, or give it more characters in tiny_model")
     with one_line_errors(f"the tokenizer or the chat template of {run.cfg.model}"):
         for problem in run.world.bar(problems, f"tokens of {source}", delay=2, leave=False):
             problem.ids = prompt_ids(run.tokenizer, problem)
@@ -1355,7 +1365,7 @@ INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\
 def prompt_ids(tokenizer, problem):
     """The prompt of a problem as tokens.
 
-    A chat template writes all that surrounds the problem, BOS included. Without one, the paper's
+    A chat template writes everything around the problem, BOS included. Without one, the paper's
     instruction follows the problem, and the tokenizer adds its BOS.
     """
     messages = conversation_of(problem)
@@ -1374,7 +1384,7 @@ def conversation_of(problem):
 
 
 class Stream:
-    """Problems without end, in another order in every epoch; `position` counts those handed out."""
+    """Problems without end, in a new order in every epoch; `position`: how many were handed out."""
 
     def __init__(self, problems, seed):
         self.problems = problems
@@ -1405,7 +1415,7 @@ def evaluate(run, step):
     """Sample and mark the problems of every evaluation set -> {"eval/NAME/avg@k": ..., ...}.
 
     The random numbers are the same every time, so two evaluations differ by the model alone, up to
-    rounding. Every response goes into responses.jsonl. Nothing is returned if a signal comes.
+    rounding. Every response goes into responses.jsonl. Returns {} if a signal cuts it short.
     """
     cfg = run.cfg
     k = cfg.eval_samples
@@ -1434,8 +1444,8 @@ def evaluate(run, step):
 def eval_metrics(batch, k, every_k):
     """Avg@k and Pass@k of k responses per problem, with 95% intervals; entropy, lengths.  -> dict
 
-        Avg@k  = mean over problems of c / k, with c of the k responses right                   (9)
         Pass@k = mean over problems of `pass_at_k`                                              (8)
+        Avg@k  = mean over problems of c / k, with c of the k responses right                   (9)
 
     every_k: Pass@1, 2, 4 and so on, too. Entropy is in nats at the evaluation's temperature.
     """
@@ -1447,10 +1457,10 @@ def eval_metrics(batch, k, every_k):
     ks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] if every_k else []
     ks = [j for j in ks if j < k] + [k]
     for j in ks:
-        passes = [pass_at_k(k, right, j) for right in c.tolist()]
+        passes = [pass_at_k(n=k, c=right, k=j) for right in c.tolist()]
         passes = torch.tensor(passes)                                           # (problems,)
         scores[f"pass@{j}"] = passes.mean()
-    scores["pass_low"], scores["pass_high"] = interval(passes)
+    scores["pass_low"], scores["pass_high"] = interval(passes)      # of the last j, which is k
 
     lengths = batch.response_len
     scores["entropy"] = batch.H.sum() / lengths.sum()
@@ -1468,7 +1478,7 @@ def rounded(metrics):
 
 
 def pass_at_k(n, c, k):
-    """The chance that k of n samples, of which c are right, hold at least one right one.
+    """The chance that of k samples, drawn from n of which c are right, at least one is right.
 
         1 - C(n - c, k) / C(n, k)                                                               (8)
     """
@@ -1482,7 +1492,7 @@ def interval(values):
     """The 95% interval of a mean over problems, by bootstrap.  (problems,) -> (2,)"""
     n = len(values)
     if values.min() == values.max():
-        # Without spread a bootstrap draws nothing else. By the rule of three, a share that n
+        # All samples of a bootstrap would be the same. By the rule of three, a share that n
         # problems did not show may still be 3 / n.
         mean = float(values[0])
         return torch.tensor([max(0.0, mean - 3 / n), min(1.0, mean + 3 / n)])
@@ -1497,9 +1507,9 @@ def measure(run, batch, sums):
         reward, solve_rate          means over all responses sampled
         entropy                     mean over their tokens, nats
         response_tokens, response_length, truncated         their sum, their mean, share cut off
-        groups, groups_all_right, groups_all_wrong          sampled; the latter teach nothing
+        groups, groups_all_right, groups_all_wrong          sampled; the other two teach nothing
         loss, grad_norm             means over the optimizer steps
-        clip_fraction               share of the tokens learned from that the clips left out
+        clip_fraction               share of the tokens learned from without a gradient, by a clip
         sampler_gap                 mean |log pi_sampler - log pi_old|, nats, where measured
         seconds, seconds_PHASE, tokens_per_second           of the step without its evaluation
         peak_memory_bytes           of this GPU
@@ -1542,9 +1552,10 @@ def measure(run, batch, sums):
         here = batch.quadrant[learned] == code                                  # (tokens,)
         metrics[f"tokens/{name}"] = here.sum() / learned_tokens
         metrics[f"advantage/{name}"] = credit[here].sum() / all_credit
+    metrics = rounded(metrics)
     if run.done == 1:
         warn_of_first_step(run, metrics)
-    return rounded(metrics)
+    return metrics
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1553,7 +1564,7 @@ def measure(run, batch, sums):
 # stop before a token, try each likely token in its place, and finish the response many times.
 # --------------------------------------------------------------------------------------------------
 
-def true_credit(run, batch, problems, at_most, n=16):
+def true_credit(run, batch, problems, budget, n=16):
     """What was each token really worth? Sets V, I and true_advantage of a Batch, (N, T) each.
 
         V(s) = sum_v pi(v) V(s, v)                  the chance that the response will be right
@@ -1561,19 +1572,21 @@ def true_credit(run, batch, problems, at_most, n=16):
         true advantage = V(s, o) - V(s)             of the token o that was drawn
 
     s is a prefix, v a likely next token, V(s, v) the share of n continuations that are right, drawn
-    at the temperature of evaluations from the whole policy (top_p 1). At most at_most pairs (s, v)
-    are continued: a response that would need more holds nan.
+    at the temperature of evaluations from the whole policy (top_p 1). At most `budget` pairs (s, v)
+    are continued: responses are taken in order, and one that does not fit any more holds nan.
+
+    Unlike the credit of a rule, I has no sign; what a rule should resemble is the true advantage.
     """
     # 1. Find the pairs. Responses begin alike, and a pair that several share is continued once.
     decisions = {}                                      # i: those of response i
-    needed = {}                                         # the pairs, in order, each once
+    needed = {}                                         # a dict as a set in order: {pair: _}
     for i in range(len(batch.ids)):
         # Rounding may differ between GPUs, so all processes take what the first finds.
         found = run.world.gather(find_decisions(run, batch, i))[0]
         more = dict(needed)
         for decision in found:
             more |= decision.pi
-        if len(more) <= at_most:
+        if len(more) <= budget:
             needed = more
             decisions[i] = found
 
@@ -1587,8 +1600,8 @@ def true_credit(run, batch, problems, at_most, n=16):
     right = tries.right.reshape(-1, n).float()                                  # (pairs, n)
     value = dict(zip(needed, right.mean(dim=1)))        # V(s, v)
 
-    # 3. Apply the formulas. V changes at decisions only, and after the last it is the verdict.
-    # Going backwards, each decision writes over V at its own place and before.
+    # 3. Apply the formulas. V changes at decisions only; after the last one it is the verdict. We
+    # go backwards, and each decision sets V at its own place and at all places before.
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -1618,8 +1631,8 @@ class Decision(NamedTuple):
 def find_decisions(run, batch, i):
     """Where was something decided in response i?  -> [Decision]
 
-    Likely are the token drawn and, of the four likeliest, those with at least 1%; their pi are made
-    to add up to 1.
+    Likely tokens are the one drawn and, of the four most probable, those with at least 1%. Their
+    probabilities are rescaled to add up to 1.
     """
     lm = fill_sampler(run)
     row = batch.rows([i]).to(lm.device)
@@ -1656,9 +1669,10 @@ def rest_of(run, problem, begun):
 def value_and_information(pi, values, n):
     """V(s), and I in nats, at a prefix.  pi: pi(v), values: V(s, v), from n continuations; (K,)"""
     def h(x, variance):
-        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)).
-        # Left uncorrected, I would be too high by about (1 - sum pi^2) / (2 n). Where V is near 0
-        # or 1 an error of up to .3 / n remains. A single estimate of I may fall below 0.
+        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)): we
+        # add that. Otherwise the doubt after the token would be too low by 1 / (2 n) and, as V(s)
+        # averages over more samples, the doubt before by less: I would be too high. Where V is near
+        # 0 or 1 an error of up to .3 / n remains. A single estimate of I may fall below 0.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
@@ -1687,7 +1701,7 @@ def look_closely(run, step, name, problems, batch):
 
     metrics = {}
     if cfg.credit_problems > 0 and cfg.eval_temperature > 0 and step in (0, cfg.steps):
-        true_credit(run, few, problems, at_most=100 * cfg.credit_problems)
+        true_credit(run, few, problems, budget=100 * cfg.credit_problems)
         if run.stopped:
             return {}
         metrics = credit_by_kind(run, name, few) | credit_by_rule(run, few)
@@ -1765,18 +1779,19 @@ def credit_by_rule(run, batch):
 #     read_answer     tokens to values        an operator-precedence (Pratt) parser: 1/2 times x
 #     values_agree    values to a verdict     exact, unless a root, \pi or a decimal is involved
 #
-# It needs no algebra. To see that (x+1)^2 is x^2+2x+1, compute both at a few x. Two polynomials of
-# degree d agree at d values of x at most: with x from 996 numbers, by chance with probability d/996
-# (Schwartz and Zippel), and at three points with its third power. The points are fractions, so that
-# nothing is rounded; positive, so that \sqrt{x^2} is x; and computed from the name of the variable.
+# It needs no algebra. To see that (x+1)^2 is x^2+2x+1, compute both at a few x. Two different
+# polynomials of degree d agree at no more than d values of x. If x is drawn from 996 numbers, they
+# agree by chance with probability at most d/996, and at three points with at most (d/996)^3
+# (Schwartz and Zippel). The points are fractions, so that nothing is rounded; positive, so that
+# \sqrt{x^2} is x; and computed from the name of the variable.
 #
 # Ignored are spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
 # name in front (AB = 5, f(x) = 2x), units at the end (in \text{}, or bare ones from a list),
 # degrees, and a base that only the gold states (204_5). Not ignored are the order in points, the
 # kind of brackets, repeated elements, other letters (4abcd is a product), and a variable that
 # cancels (5+0x is not 5). 1,234 is a number or a list, 50% is 50 or 1/2. A gold with a decimal of
-# three or more digits stands for what rounds to it, within 0.11%: for 16.67, 50/3 is right, but not
-# 16.67 for 50/3. What cannot be read (|x|, n!, \pm, \sin^2, ...) only equals the same tokens.
+# three or more significant digits stands for what rounds to it, within 0.11%: for 16.67, 50/3 is
+# right, but not 16.67 for 50/3. What cannot be read (|x|, n!, ...) only equals the same tokens.
 #
 # It judges values: 2+2 is as right as 4. If a problem is itself the sum to compute, an answer that
 # repeats it is paid; a task can bring a check of its own.
@@ -1836,7 +1851,7 @@ def is_correct(response, gold):
         return False
     for alternative in gold if isinstance(gold, (list, tuple)) else [gold]:
         text = str(alternative)
-        # 142.0 is an integer, not a rounded number
+        # 142.0 is an integer, not a rounded number.
         if isinstance(alternative, float):
             text = text.removesuffix(".0")
         if same_answer(answer, extract_answer(text) or text):
@@ -1857,7 +1872,7 @@ def extract_answer(text):
             if end > LONGEST_ANSWER:
                 return None
         elif piece.startswith(tuple("-" + digits)):
-            # \boxed 5
+            # without braces: \boxed 5
             return piece.split("\n")[0].split("$")[0]
     return None
 
@@ -1874,7 +1889,8 @@ def closing_brace(text):
 
 
 def same_answer(prediction, gold):
-    """Whether two answers in LaTeX are equal in one reading: 1,234 is a number or a list."""
+    """Whether two answers in LaTeX are equal in at least one reading: 1,234 is a number or a list.
+    """
     if max(len(prediction), len(gold)) > LONGEST_ANSWER:
         return False
     thousands = ["'", "',"] if "," in prediction + gold else ["'"]      # what may separate them
@@ -1888,13 +1904,13 @@ def same_meaning(ours, gold):
     name, value = split_name(gold)
     if our_name and name and our_name != name:
         return False
-    # If either is an equation, both are compared whole: 2y = 4x is y = 2x. But 2x = 6, which may be
-    # the problem, does not answer x = 3.
+    # Names in front are dropped, but not if the other one is an equation: y = 2x is 2y = 4x. Yet
+    # 2x = 6, which may be the problem, is no answer for x = 3: a gold number gets no name back.
     if "=" in value:
         answer = ours
     if "=" in answer and any(map(is_variable, value)):
         value = gold
-    # 204 is 204_5
+    # The base may be left out: 204 for 204_5.
     if "_" not in "".join(answer):
         value = [t.partition("_")[0] if t[0] in DIGITS else t for t in value]
     if answer == value:
@@ -1935,8 +1951,8 @@ def split_name(tokens):
         rest.append(token)
         if rest[-size:] == name:
             del rest[-size:]
-    # x = 5x
-    is_equation = "=" in rest or is_variable(name[0]) and name[0] in rest
+    # x = 5x is an equation in x, not a value with a name.
+    is_equation = "=" in rest or (is_variable(name[0]) and name[0] in rest)
     if is_equation or not rest or not is_name(name[:-1]):
         return [], tokens
     return name, rest
@@ -1947,25 +1963,28 @@ def is_name(tokens):
     symbol, _, arguments = "".join(tokens).partition("(")
     letters = symbol.replace('"', "")
     is_word = letters.isalpha() and (letters.isupper() or symbol.startswith('"'))
-    is_symbol = is_word or symbol == "" or symbol in tokens and is_variable(symbol)
+    is_symbol = is_word or symbol == "" or (symbol in tokens and is_variable(symbol))
     is_plain = set(arguments) <= set(ascii_letters + r'\_,)"' + (digits if symbol else ""))
     return is_symbol and is_plain and arguments.find(")") == len(arguments) - 1
 
 
 def rounding_error(tokens):
-    """Half a unit in the last place of a decimal of three or more digits, relative to it."""
-    # sums and lists may hold exact numbers too; what follows a bracket or ^ is only a sign
+    """Half a unit in the last place of a decimal of three or more significant digits, relative to
+    it; 0 if there is none, or if sums and lists may hold exact numbers too."""
+    # What follows a bracket or ^ is only a sign.
     for before, token in zip(tokens, tokens[1:]):
         if 0 < STRENGTH.get(token, 0) <= SUM_STRENGTH and before not in ("(", "{", "^"):
             return 0
     numbers = [token.partition("e")[0] for token in tokens if token[0] in DIGITS]
     decimals = [number.replace(".", "") for number in numbers if "." in number]
-    units = int("0" + "".join(decimals))
-    return 0.5 / units if len(decimals) == 1 and units >= 100 else 0
+    if len(decimals) != 1:
+        return 0
+    units = int("0" + decimals[0])
+    return 0.5 / units if units >= 100 else 0
 
 
 def scan_answer(text, separators):
-    r"""The tokens of an answer, as of \text{} if it is in words: no solution, but not xy."""
+    r"""The tokens of an answer. Words (no solution) are read like \text{}, but xy is a product."""
     for other, spelling in CHARACTERS.items():
         text = text.replace(other, spelling)
     text = text.strip("$ \n").removesuffix(".")
@@ -1984,14 +2003,14 @@ def scan_tokens(text, separators, is_prose):
             number, text = split_number(text, "'" if is_list else separators)
             tokens.append(number)
             continue
-        # abc, or +, or in prose km/h
-        run = run_in_front(text, ascii_letters + "/" if is_prose else ascii_letters) or text[0]
-        if run == "\\":
-            # \frac, \{
-            run += run_in_front(text[1:], ascii_letters) or text[1:2]
-        text = text[len(run):]
-        token = SPELLED.get(run, run)
-        is_word = run in UNITS or is_prose and (len(run) > 1 or run in TEXT_UNITS)
+        # A run of letters (in prose, / too: km/h), or else one character.
+        piece = run_in_front(text, ascii_letters + "/" if is_prose else ascii_letters) or text[0]
+        if piece == "\\":
+            # A command: \frac, \{
+            piece += run_in_front(text[1:], ascii_letters) or text[1:2]
+        text = text[len(piece):]
+        token = SPELLED.get(piece, piece)
+        is_word = piece in UNITS or (is_prose and (len(piece) > 1 or piece in TEXT_UNITS))
 
         if token == r"\text":
             content, text = split_argument(text)
@@ -2002,8 +2021,8 @@ def scan_tokens(text, separators, is_prose):
         elif token[0] in VARIABLES and is_word:
             tokens.append('"' + (token if token.isupper() else token.lower()))
         elif token[0] in VARIABLES:
-            # a variable each
-            tokens += run
+            # A variable each.
+            tokens += piece
         elif token.strip() not in IGNORED:
             tokens.append(token)
     return tokens
@@ -2018,14 +2037,14 @@ def split_number(text, separators):
     """The number at the start of a text, as in 12, .5, 1,234.5, 4.4e7 or 1e-05, and the rest."""
     whole = run_in_front(text, digits + separators).rstrip(separators)
     first, *others = whole.replace("'", ",").split(",")
-    # 2004,100 is a list, and so is 27,54,108
+    # 2004,100 is a list, and so is 27,54,108.
     if set(map(len, others)) != {3} or len(first) > 3 or first.startswith("0"):
         whole = first
     size = len(whole + run_in_front(text[len(whole):], DIGITS))
     number = text[:size].replace(",", "").replace("'", "")
     rest = text[size:]
     exponent = run_in_front(rest[1:], digits + "+-")
-    # 3e-5 is e times 3, minus 5
+    # 3e-5 is e times 3, minus 5: only 3.0e-5 and 3e-05 are powers of ten.
     is_clear = "." in number or exponent.isdecimal() or len(exponent) > 2
     if rest.startswith("e") and is_clear and 0 < len(exponent) < 5:
         return number + "e" + exponent, rest[1 + len(exponent):]
@@ -2056,7 +2075,8 @@ class Structure(NamedTuple):
 
 def read_answer(tokens, whole):
     """The value of an answer. A product may end in %, which is 1/`whole`."""
-    # Within sums, \frac{100}{99}\% + \frac{98}{99} say, it would make two numbers, here 1 and 2.
+    # In a sum, two readings would make two numbers: \frac{100}{99}\% + \frac{98}{99} is 1 or 2. So
+    # what ends in % must be a product, which a higher floor sees to.
     floor = 0
     if tokens[-1:] == ["%"]:
         tokens = [*tokens[:-1], "/", whole]
@@ -2075,7 +2095,7 @@ def read_expression(stack, floor=0):
     while True:
         token = stack[-1]
         strength = STRENGTH.get(token, len(LEVELS))
-        # 2 3 is not a product
+        # Two numbers side by side, 2 3, are no product.
         if strength <= floor or token[0] in DIGITS:
             return value
         if strength < SUM_STRENGTH:
@@ -2083,10 +2103,10 @@ def read_expression(stack, floor=0):
             continue
         if token in ARITHMETIC:
             stack.pop()
-        # 1/2x is (1/2)x: only one power belongs to the /
+        # After + a whole product follows, after / or a factor a single power: 1/2x is (1/2)x.
         is_sum = strength == SUM_STRENGTH
-        right = read_expression(stack, SUM_STRENGTH) if is_sum else read_power(stack)
-        value = compute_number(ARITHMETIC.get(token, mul), value, right)
+        operand = read_expression(stack, SUM_STRENGTH) if is_sum else read_power(stack)
+        value = compute_number(ARITHMETIC.get(token, mul), value, operand)
 
 
 def read_power(stack):
@@ -2095,10 +2115,10 @@ def read_power(stack):
     value = read_operand(stack)
     if token.isdecimal() and stack[-1] == r"\frac":
         part = read_power(stack)
-        # 1\frac45, but not 2\frac{x}5
+        # 1\frac45 is a sum, 2\frac{x}5 a product.
         is_mixed = is_constant(part) and type(part[0]) is Fraction and 0 < part[0] < 1
         return compute_number(add if is_mixed else mul, value, part)
-    # 2^3^2 is refused, as TeX refuses it
+    # 2^3^2 is refused, as TeX refuses it.
     if stack[-1] == "^":
         stack.pop()
         value = compute_number(pow, value, read_operand(stack))
@@ -2110,19 +2130,19 @@ def read_power(stack):
 def read_operand(stack):
     """The value of a number, a variable, a bracket or a function, perhaps with a sign."""
     token = stack.pop()
-    # \text{(C)} is C; f(2x) is not f times 2x
+    # \text{(C)} is C; f(2x) is not f times 2x.
     letter = token.strip('"')
     if is_variable(letter) and (letter not in ("f", "g") or stack[-1] != "("):
         return variable_number(letter)
     if token.startswith('"'):
         return Structure(token, [])
     if token[0] in DIGITS:
-        # 204_5 is not computed: it is like a name, and equal to itself
+        # 204_5 is not computed: like a name, it only equals itself.
         return variable_number(token) if "_" in token else [Fraction(token)] * POINTS
     if token in CONSTANTS:
         return [CONSTANTS[token]] * POINTS
     if token in ("+", "-"):
-        # -2^2 is -(2^2)
+        # -2^2 is -(2^2).
         return compute_number(ARITHMETIC[token], [0] * POINTS, read_power(stack))
     if token in BRACKETS:
         value = read_expression(stack)
@@ -2132,7 +2152,7 @@ def read_operand(stack):
         is_list = token != "{" and isinstance(value, Structure) and value.kind == ","
         return Structure(token + closer, value.parts) if is_list else value
     if token in FUNCTIONS:
-        # \sin(x) y ends at the bracket
+        # The argument of \sin(x) y ends at the bracket.
         is_closed = stack[-1] in BRACKETS
         argument = read_operand(stack) if is_closed else read_expression(stack, STRENGTH["*"])
         return compute_number(FUNCTIONS[token], argument)
@@ -2161,12 +2181,12 @@ def read_parts(stack, first):
     parts = [first]
     while stack[-1] == separator:
         stack.pop()
-        # ", and" is two commas
+        # ", and" is two commas.
         if stack[-1] != separator:
             parts.append(read_expression(stack, STRENGTH[separator]))
     if separator in "=≠<≤>≥" and [type(part) for part in parts] == [list, list]:
         difference = compute_number(sub, *parts)
-        # without variables it is 0, and the division refuses 2 = 3
+        # Without variables it is 0, and the division refuses 2 = 3.
         change = difference[0] - difference[1]
         factor = change if separator in "=≠" else abs(change)
         parts = [[value / factor for value in difference]]
@@ -2174,7 +2194,7 @@ def read_parts(stack, first):
 
 
 def skip_unit(stack, value):
-    """Take a unit and its exponent away, unless it follows a variable or a number follows it."""
+    """Take a unit and its exponent away; an error if it is not at the end of a constant value."""
     unit = stack.pop()
     if stack[-1] == "^":
         stack.pop()
@@ -2206,7 +2226,7 @@ def compute_number(operation, *numbers):
             raise ValueError("too many digits")
         results.append(operation(*values))
     if is_constant(results) and not all(map(is_constant, numbers)):
-        raise ValueError("a variable that cancels: 5+0x is not 5")
+        raise ValueError("a variable cancels: 0x in 5+0x, which is not 5")
     return results
 
 
@@ -2225,7 +2245,7 @@ def values_agree(ours, gold, slack):
         return False
     kinds = {ours.kind, gold.kind}
     if kinds <= {",", r"\{}"}:
-        # each part with another partner: 1,1 is not 1,2
+        # Each part needs a partner of its own: 1,1 is not 1,2.
         rest = list(gold.parts)
         for part in ours.parts:
             partner = next((other for other in rest if values_agree(part, other, slack)), None)
@@ -2233,13 +2253,13 @@ def values_agree(ours, gold, slack):
                 return False
             rest.remove(partner)
         return True
-    # (1,2) may be written 1,2
+    # (1,2) may be written 1,2.
     is_same_kind = len(kinds) == 1 or kinds == {",", "()"}
     return is_same_kind and all(values_agree(*pair, slack) for pair in zip(ours.parts, gold.parts))
 
 
 def numbers_close(ours, gold, slack):
-    """Whether two numbers are equal up to a relative error. A float near 0 equals nothing."""
+    """Whether two numbers are equal up to a relative error. To a float, 0 equals nothing."""
     if type(ours) is type(gold) is Fraction:
         return abs(ours - gold) <= slack * abs(gold)
     return 1e-300 < abs(gold) and abs(ours - gold) <= max(slack, 1e-11) * abs(gold)
@@ -2249,7 +2269,7 @@ def numbers_close(ours, gold, slack):
 # Appendix B. Data: problems from files and from data sets, in the usual layouts.
 # --------------------------------------------------------------------------------------------------
 
-COLUMNS = {         # what a column may be called, in upper or lower case; the first found counts
+COLUMNS = {         # what a column may be called, in any case; the first one that is there counts
     "problem": ("problem", "question", "prompt", "messages"),
     "answer": ("answer", "final_answer", "expected_answer", "ground_truth", "solution"),
     "solution": ("solution", "response", "completion"),
@@ -2364,11 +2384,11 @@ def read_data_set(source, split):
     if isinstance(splits, datasets.Dataset):
         splits = {"train": splits}
 
-    wanted = ["test", "validation"] if split == "eval" else ["train"]
+    names = ["test", "validation"] if split == "eval" else ["train"]
     if parts:
-        wanted = [":".join(parts)]
-    there = [part for part in wanted if part in splits]
-    require(there, f"{source} has no split {wanted[0]}: name one of {', '.join(splits)}, as in "
+        names = [":".join(parts)]
+    there = [part for part in names if part in splits]
+    require(there, f"{source} has no split {names[0]}: name one of {', '.join(splits)}, as in "
             f"{name}:{list(splits)[0]}")
     return list(splits[there[0]])
 
@@ -2401,14 +2421,14 @@ def read_csv(path, file):
 # --------------------------------------------------------------------------------------------------
 # Appendix C. The machine: processes and GPUs, opening a run, checkpoints, errors in one line.
 #
-# On a CPU, and for the tiny model anywhere, one process holds the whole model in fp32 and samples
-# from it. Any other model on GPUs: one process per GPU holds a part of the fp32 weights, gradients
-# and moments (FSDP2) and multiplies in bf16, and a whole bf16 copy samples. torchrun on CPUs does
-# the same in fp32.
+#                         weights, moments      products  samples from       old_logp and H from
+# CPU; tiny anywhere      whole, fp32           fp32      the policy itself  the sampler
+# several CPU processes   parts, fp32 (FSDP2)   fp32      a whole fp32 copy  the sampler
+# GPUs, one process each  parts, fp32 (FSDP2)   bf16      a whole bf16 copy  the policy (`score`)
 # --------------------------------------------------------------------------------------------------
 
 def require(condition, message):
-    """End the program with one line that says what is wrong and how to mend it."""
+    """End the program with one line that says what is wrong and how to fix it."""
     if not condition:
         raise SystemExit(f"eapo: {message}")
 
@@ -2440,12 +2460,12 @@ REMEDIES = {        # what an error of a library says, and what to do then
     "Unrecognized model": "an adapter (LoRA) must be merged into its base model first",
     "custom code": "code that comes with a model is never run here",
     "No space left": "make room on the disk",
-    "Couldn't reach": "there is no such file, folder or task, and no way to the hub",
+    "Couldn't reach": "there is no such file, folder or task, and no connection to the hub",
 }
 
 
 class Bar(tqdm):
-    """A progress bar that gives up in silence when nobody reads it any more: see World.print."""
+    """A progress bar that stops silently when its output is closed: see World.print."""
 
     def display(self, *args, **kwargs):
         try:
@@ -2471,10 +2491,10 @@ class World:
         self.bf16 = cuda and cfg.model != "tiny"
         self.sharded = self.size > 1 or self.bf16
         self.microbatch_tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
-        self.signalled = 0                              # when, if a signal has come
+        self.signalled = 0                              # time of the first signal; 0: none yet
         self.phase = "other"
         self.start_clock()
-        if self.sharded and not dist.is_initialized():
+        if self.sharded and not dist.is_initialized():  # FSDP needs a group even for one GPU
             alone = dict(store=dist.HashStore(), rank=0, world_size=1) if self.size == 1 else {}
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                     timeout=timedelta(minutes=60), **alone)
@@ -2506,7 +2526,7 @@ class World:
             torch.cuda.reset_peak_memory_stats()
 
     def begin(self, phase):
-        """From now on time counts for this phase of the step: sample, score, update or other."""
+        """From now on, time is charged to this phase: sample, score, update or other."""
         now = time.perf_counter()
         self.clock[self.phase] += now - self.phase_start
         self.phase = phase
@@ -2517,7 +2537,7 @@ class World:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def free_memory(self):
-        """Bytes this process may fill: what is free of its GPU, or its share of the machine."""
+        """Bytes this process may fill: the free memory of its GPU, or its share of the machine."""
         if self.device.type != "cuda":
             return self.host_memory()
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -2535,7 +2555,7 @@ class World:
         if self.rank == 0:
             try:
                 tqdm.write(text)
-            except OSError:     # nobody reads: in `.. | tee log` Ctrl-C ends tee. Go on in silence.
+            except OSError:     # the output is closed: in `.. | tee log` Ctrl-C ends tee too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def bar(self, items, name, **options):
@@ -2563,8 +2583,8 @@ def open_run(cfg):
     """Processes, folder, model and problems of a Config -> a Run, ready for its first step."""
     world = World(cfg)
     out = folder_of(cfg, world)
-    if preset(cfg.model) and cfg.model != "tiny":
-        world.print(f"{cfg.model} brings settings of its own, see PRESETS and --help")
+    if len(preset(cfg.model)) > 1 and cfg.model != "tiny":
+        world.print(f"{cfg.model} has its own preset, see PRESETS and --help")
     lm, tokenizer, stop_ids = load_model(cfg, world)
     sampler = lm
     if world.sharded:           # the policy will be cut up: a whole copy samples
@@ -2608,7 +2628,8 @@ def load_eval_sets(run):
         name = os.path.basename(os.path.normpath(source)).replace(":", "-")
         if os.path.isfile(source):
             name = os.path.splitext(name)[0]
-        require(name not in run.eval_sets, f"--eval-data has two sets {name}: rename a file")
+        require(name not in (*run.eval_sets, "train", "credit"),
+                f"--eval-data has two sets {name}, or {name} is taken: rename the file")
         run.eval_sets[name] = load_problems(run, source, "eval")
 
 
@@ -2626,10 +2647,11 @@ def close_run(run):
         world.print(outcome(run, name))
     if "base" in run.page:
         world.print(f"Where does the credit go? Open {run.out}/report.html")
-    if run.stopped and run.done < run.cfg.steps:
+    if run.stopped and (run.done < run.cfg.steps or run.lacks_evaluation()):
         world.print(f"stopped; go on with: python eapo.py --resume {run.out}")
     elif not run.cfg.eval_only:
-        world.print(f"next: python eapo.py --model {run.out}/model --eval-only --eval-samples 64")
+        world.print(f"next: python eapo.py --model {run.out}/model --eval-only --eval-samples 64 "
+                    f"--eval-data {shlex.quote(run.cfg.eval_data)}")
     if world.size > 1:
         dist.destroy_process_group()                    # its threads must not outlive the program
 
@@ -2653,7 +2675,7 @@ def folder_of(cfg, world):
 
 
 def make_folder(run):
-    """Make the folder of a new run, now that its model and its data are found to be good."""
+    """Make the folder of a new run, now that its model and its data have been checked."""
     with one_line_errors(f"--out {run.out}"):
         os.makedirs(run.out, exist_ok=True)
         if run.world.rank == 0:
@@ -2678,13 +2700,13 @@ def load_model(cfg, world):
         lm, tokenizer = tiny_model(cfg.seed)
     else:
         with one_line_errors(f"--model {cfg.model}"):
-            # The weights are mapped from their file, and each process makes fp32 of its part alone.
+            # The weights stay mapped from their file until `shard` makes them fp32, layer by layer.
             dtype = "auto" if world.sharded else torch.float32
             check_memory(cfg, world)
             lm, loading = AutoModelForCausalLM.from_pretrained(
                 cfg.model, dtype=dtype, trust_remote_code=False, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
-        # transformers would make up the weights that are missing.
+        # transformers would fill missing weights at random.
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         require(not missing,
                 f"{cfg.model} has no weights for {missing}: no language-model head, or not whole")
@@ -2694,8 +2716,8 @@ def load_model(cfg, world):
     lm.eval()                               # no dropout
     with one_line_errors(f"--model {cfg.model}, which is of an unsupported kind or damaged"):
         check_sampling(lm)
-    known = lm.generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known]
+    configured = lm.generation_config.eos_token_id
+    known = configured if isinstance(configured, list) else [configured]
     ends = dict.fromkeys([tokenizer.eos_token_id] + known)          # in order, each once
     stop_ids = [token for token in ends if token is not None]
     require(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
@@ -2743,12 +2765,15 @@ def check_memory(cfg, world):
     # Activations, KV cache and logits come on top.
     state = (4 if cfg.eval_only else 16) * parameters / world.size
     copy = (2 if world.bf16 else 4) * parameters * world.sharded
-    room = world.host_memory() if cfg.offload else world.free_memory()
+    free = world.free_memory()
     world.print(f"{cfg.model}: {parameters / 1e6:.1f}M parameters on {world.size} x "
                 f"{world.device.type}. GB per process: {state / 1e9:.2f} for weights, gradients "
-                f"and moments, of {room / 1e9:.2f}, and {copy / 1e9:.2f} for the copy that samples")
-    require(state < room, f"{cfg.model} does not fit: use more --gpus, --offload, or a smaller "
-            "model")
+                f"and moments, {copy / 1e9:.2f} for the copy that samples; {free / 1e9:.2f} free")
+    while_sampling = copy + (state if cfg.eval_only else 0.75 * state)      # without gradients
+    fits = max(state, while_sampling) < free
+    if cfg.offload:
+        fits = state < world.host_memory() and copy < free
+    require(fits, f"{cfg.model} does not fit: use more --gpus, --offload, or a smaller model")
 
 
 def shard(policy, world, offload):
@@ -2792,7 +2817,7 @@ def empty_sampler(run):
 # ---- What is checked before the first step and after it. -----------------------------------------
 
 def sanity_check(run, problems):
-    """Check the usual reasons for learning nothing, and show the first prompt as the model sees it.
+    """Check the usual reasons why a run learns nothing; show the first prompt as the model sees it.
     """
     cfg = run.cfg
     world = run.world
@@ -2800,8 +2825,8 @@ def sanity_check(run, problems):
     longest_prompt = max(len(problem.ids) for problem in everything)
     longest = longest_prompt + cfg.max_response_tokens
     limit = getattr(run.policy.lm.config, "max_position_embeddings", None) or longest
-    require(longest <= limit, f"{cfg.model} reads {limit} tokens, and the longest prompt with its "
-            f"response has {longest}: lower --max-response-tokens")
+    require(longest <= limit, f"{cfg.model} accepts at most {limit} tokens, and the longest prompt "
+            f"with its response has {longest}: lower --max-response-tokens")
     first = problems[0]
     text = run.tokenizer.decode(first.ids)
 
@@ -2818,12 +2843,13 @@ def sanity_check(run, problems):
         check_template(run, first)
     tokens = cfg.prompts_per_step * cfg.group_size * cfg.max_response_tokens
     if world.device.type == "cpu" and not cfg.eval_only and tokens > 10 ** 6:
-        world.print(f"warning: a step samples up to {tokens} tokens, which takes a CPU long: try "
+        world.print(f"warning: a step samples up to {tokens} tokens, too many for a CPU: try "
                     "--prompts-per-step 8 --max-response-tokens 256 --eval-samples 1")
 
 
 def check_template(run, problem):
-    """Refuse a chat template without the problem, and warn if its turns do not end as we stop."""
+    """Refuse a chat template that drops the problem; warn if its turns end with another token than
+    responses do."""
     messages = conversation_of(problem)
     other = {"role": "user", "content": "another problem"}
     reply = {"role": "assistant", "content": "FOUR"}
@@ -2852,11 +2878,11 @@ def check_golds(run, problems):
         junk += is_correct("\\boxed{no idea}", problem.answer)
         if n < 3 and not problem.check:
             run.world.print(f"gold answer {problem.answer!r:.60} is read as "
-                            f"{readings[0] or 'signs only'!s:.60}")
+                            f"{readings[0] or 'symbols only'!s:.60}")
     if not some[0].check:
         run.world.print(f"the verifier cannot read {unread} of {len(some)} gold answers"
-                        f"{', which responses must repeat sign by sign' if unread else ''}; "
-                        f"it pays junk {junk} times")
+                        f"{', which responses must repeat exactly' if unread else ''}; it accepts "
+                        f"junk for {junk}")
     solved = [problem for problem in some if problem.solution]
     if solved:
         right = [(p.check or is_correct)(p.solution, p.answer) for p in solved]
@@ -2865,7 +2891,7 @@ def check_golds(run, problems):
 
 
 def warn_of_first_step(run, metrics):
-    """Warn of what would spoil every other step too."""
+    """Warn of what would spoil every step."""
     if metrics["truncated"] > 0.5:
         run.world.print("warning: most responses were cut off at --max-response-tokens: raise it, "
                         "or see whether the stop tokens above are the model's")
@@ -2874,12 +2900,12 @@ def warn_of_first_step(run, metrics):
                         "--quadrants left no token\nits credit. A longer warm-up may help, unless "
                         "--warmup-data or the check of answers is wrong")
     if metrics["sampler_gap"] > 0.1:
-        run.world.print(f"warning: sampler and policy differ by {metrics['sampler_gap']} nats per "
-                        "token: what is trained is not what samples")
+        run.world.print(f"warning: sampler and policy differ by {metrics['sampler_gap']:.3f} nats "
+                        "per token: what is trained is not what samples")
 
 
 def warn_of_long_steps(run, tokens):
-    """Say how long a step may take, by the speed with which the first evaluation sampled tokens."""
+    """Say how long a step may take, judging by the sampling speed of the first evaluation."""
     cfg = run.cfg
     rate = tokens / run.world.clock["sample"]
     most = cfg.prompts_per_step * cfg.group_size * cfg.max_response_tokens
@@ -2952,7 +2978,7 @@ def save_checkpoint(run):
         os.replace(path + ".new", path)
         for old in checkpoints(run.out)[:-2]:
             shutil.rmtree(old)
-    run.world.gather(None)                              # nobody goes on before it is there
+    run.world.gather(None)                              # all wait until it is there
 
 
 def load_checkpoint(run):
@@ -2973,7 +2999,8 @@ def load_checkpoint(run):
     if run.done == 0:           # to save an unused optimizer, torch has let it take an empty step
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
-    # What comes after the checkpoint will be done again: take it out of the logs.
+    # What comes after the checkpoint will be done again: take it out of the logs, and with it the
+    # responses of an evaluation that was cut short.
     run.history = read_log(f"{run.out}/metrics.jsonl", run.done)
     last_step = run.done - 1 if run.lacks_evaluation() else run.done
     responses = read_log(f"{run.out}/responses.jsonl", last_step)
@@ -2986,7 +3013,7 @@ def load_checkpoint(run):
 
 
 def read_log(path, last_step):
-    """The rows of a log up to a step, without what a killed run has half written."""
+    """The rows of a log up to a step, without the half-written lines of a killed run."""
     rows = []
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -3012,7 +3039,7 @@ def explain_scores(run):
 
 
 def print_evaluation(run, step, name, problems, batch, scores):
-    """Print the scores, and responses to the problem of which about half are right."""
+    """Print the scores, and responses to the problem that is solved about half of the time."""
     k = run.cfg.eval_samples
     when = f"step {step}" if step > 0 else "base"
     run.world.print(f"\n{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f} "
@@ -3150,7 +3177,8 @@ def show_responses(run, step, problem, group):
     if group.I is not None and group.I.isfinite().any():
         facts |= {"I": group.I, "V": group.V}           # nan in responses that were not measured
 
-    which = "latest" if "base" in run.page else "base"
+    which = "latest" if step > 0 and "base" in run.page else "base"
+    run.page["step"] = step
     section = f'<section class="{which}"><h2>{shown(problem.problem)}</h2>'
     section += f"<p>{summary(group, fork, facts)}.</p>"
     for i in run.page["rows"]:
@@ -3180,7 +3208,7 @@ def summary(group, fork, facts):
 
 
 def token_html(text, fork, numbers):
-    """A token and {name: number}: its bars, and what is told when it is pointed at."""
+    """A token and {name: number}: its bars, and its tooltip."""
     text = shown(text).replace(" ", "·")
     told = text + " "
     style = ""
@@ -3212,7 +3240,7 @@ def write_page(run):
     H = column("entropy")
     latest = ""
     if "latest" in run.page:
-        latest = f'<label><input type="radio" name="at" id="latest">step {steps[-1]}</label>'
+        latest = f'<label><input type="radio" name="at" id="latest">step {run.page["step"]}</label>'
 
     replace_file(f"{run.out}/report.html", f"""{PAGE_HEAD}
 <p>{cfg.method.upper()}, step {run.history[-1]["step"]} of {cfg.steps}. {shown(outcome(run, name))}.
@@ -3224,10 +3252,11 @@ def write_page(run):
 <label><input type="radio" name="credit" id="gap">EAPO − GRPO, 10 times as high</label></fieldset>
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
 within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
-verdict it removed. Both are in nats, and I is at most H, but for the error of sampling. Below each
+verdict it removed. Both are in nats; in theory I is at most H, measured it has an error. Below each
 token: the credit that a rule gives it, <i class="up key"></i> up or <i class="down key"></i> down.
 Forks, with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token,
-tap it, or press Tab for its numbers; p is its probability, V the chance before it to be right.</p>
+tap it, or press Tab for its numbers; p is its probability, V the chance of a right answer just
+before it.</p>
 <main style="--nat:{run.page["pixels"]:.1f}px"><div>{run.page["base"]}{run.page.get("latest", "")}
 <p>Entropy is not surprise: it says how unsure the model was before it drew a token, not how
 unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a low H, and
@@ -3257,7 +3286,7 @@ def curve(title, steps, low, middle, high):
     band = path(steps + steps[::-1], high + low[::-1])
     return f"""<figure>{top:.2f}<svg viewBox="0 {-top:f} {last} {top:f}" preserveAspectRatio="none">
 <polygon points="{band}" fill="#2f7de1"/><polyline points="{path(steps, middle)}"/></svg>
-<figcaption>{shown(title)}, steps {steps[0]} to {last}:
+<figcaption>{shown(title)}, steps {steps[0]} to {steps[-1]}:
 {middle[0]:.3f} &rarr; {middle[-1]:.3f}</figcaption></figure>"""
 
 
@@ -3287,7 +3316,7 @@ def check_settings(cfg):
     require(not cfg.without or cfg.method == "eapo", "--without is for --method eapo")
     require(0 <= cfg.overlong < 1, "--overlong is a share, from 0 to below 1")
     require(cfg.clip_c == 0 or cfg.clip_c > 1 + cfg.clip_high,
-            "--clip-c must lie above 1 + clip_high, outside the clip of (2), or be 0 for off")
+            "--clip-c must lie above 1 + --clip-high, outside the clip of (2), or be 0 for off")
     require(cfg.warmup_data or cfg.warmup_steps == 0, "--warmup-steps needs --warmup-data")
     require(cfg.temperature > 0, "--temperature must be above 0")
     for name in ("top_p", "eval_top_p"):
@@ -3344,7 +3373,7 @@ def parse_args(argv=None):
 
 def preset(model):
     """The settings that a model changes, by the last part of its name. The model/ of an earlier run
-    has those of that run's model, but for the warm-up, which it has had."""
+    inherits those of that run's model, but no second warm-up."""
     if model == "tiny":
         return PRESETS["tiny"]
     folder, name = os.path.split(os.path.normpath(model))
@@ -3388,7 +3417,7 @@ def main(argv=None):
     """Run a command line -> the Run."""
     major, _, _ = transformers.__version__.partition(".")
     require(sys.version_info >= (3, 11) and int(major) >= 5,
-            "needs Python 3.11 or newer, and what pip install -r requirements.txt brings")
+            "needs Python 3.11 or newer and the packages in requirements.txt")
     cfg = parse_args(argv)
     launch_on_all_gpus(cfg, argv)
     transformers.utils.logging.disable_progress_bar()
@@ -3396,7 +3425,7 @@ def main(argv=None):
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):              # a console may lack a character
+        if hasattr(stream, "reconfigure"):              # for consoles that lack a character
             stream.reconfigure(errors="replace")
     if cfg.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count()))   # its matrices are too small for more
