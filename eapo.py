@@ -16,14 +16,15 @@ H. Tokens drawn where it was unsure get a little more credit or blame, the other
 numbers are the paper's, except for (1), which it does not number. In the code a mean is a sum with
 weights that add up to 1: see `token_weights`.
 
-The letters, here and in the code (a small letter in a shape means some of them, M some tokens):
+The letters, here and in the code. In shapes, n or m rows are some of the N, and M is a number of
+tokens.
 
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
     T      tokens of the longest response    V  vocabulary    D  size of a hidden state
     r      reward of a response: +1 if its answer is right, -1 if not                        (N,)
     A      advantage of a response: how much better it was than its group, (1)               (N,)
     A^CA   credit of a token, (7)                                                            (N, T)
-    pi_old the policy as it was when the step began; the responses come from it
+    pi_old the policy as it was when the step began and sampled the responses
     H      entropy of pi_old just before each token was drawn, in nats                       (N, T)
     mu_H, sigma_H   mean and standard deviation of H over all response tokens of a group     (N, 1)
     rho    pi_theta / pi_old: how much likelier a token has become since it was sampled      (N, T)
@@ -117,7 +118,7 @@ class Config:
     warmup_learning_rate: float = flag(1e-5, "peak; the rate rises over the first 20 steps and "
                                              "falls over the last 30%")
 
-    steps: int = flag(220, "RL steps: each samples a batch and learns from it", "the batch")
+    steps: int = flag(220, "RL steps: each samples a batch, then learns from it", "the batch")
     prompts_per_step: int = flag(512, "groups to learn from in a step; fewer if --resample rounds "
                                       "do not find enough")
     group_size: int = flag(8, "G, responses per prompt")
@@ -265,7 +266,7 @@ def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
 
     A (N,), H (N, T), mask (N, T) -> (N, T), 0 outside the mask. sign(A) turns the score towards A's
     own side: a token above mu_H is praised more in a good response and blamed more in a bad one, a
-    token below mu_H is praised or blamed less. A^CA / A stays within 1 - alpha/phi and
+    token below mu_H is praised or blamed less. A^CA / A lies between 1 - alpha/phi and
     1 + alpha/phi, which is 0.9 to 1.1 at the paper's numbers, so with alpha < phi no advantage can
     change its sign. alpha = 0 is GRPO.
     """
@@ -319,8 +320,8 @@ def policy_loss(logp, old_logp, A, weight, clip_low, clip_high, clip_c):
     # way: a bad token that has become likelier is pushed back.
     gain = torch.min(rho * A, rho_clipped * A)                                  # (N, T)   (2)
 
-    # For a bad token that has become much likelier, rho * A has no lower bound. The "dual clip" of
-    # PPO (Ye et al. 2020) stops it at c * A: beyond rho = c the gradient is 0.
+    # If a bad token becomes much likelier, rho * A can fall without limit. The "dual clip" of PPO
+    # (Ye et al. 2020) stops it at c * A: beyond rho = c the gradient is 0.
     if clip_c > 0:
         gain = torch.where(A < 0, torch.maximum(gain, clip_c * A), gain)
     return -(gain * weight).sum()
@@ -374,7 +375,7 @@ def train(cfg):
         # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
-        if run.stopped:         # by Ctrl-C, for example: this step is given up
+        if run.stopped:         # by Ctrl-C, for example: this step is abandoned
             break
 
         # Credit each response against its group, and then each token by its entropy (or by another
@@ -440,7 +441,7 @@ class Run:
     history: list = field(default_factory=list)         # the rows of metrics.jsonl
     page: dict = field(default_factory=dict)            # what report.html shows: `show_responses`
     done: int = 0               # steps finished, and where a resumed run goes on from
-    stopped: bool = False       # by a signal, which all processes know of
+    stopped: bool = False       # by a signal; known to all processes
 
     def is_due(self, step, every):
         """True every so many steps (0: never), and after the last step."""
@@ -467,7 +468,7 @@ class Run:
 def assign_credit(batch, cfg):
     """The credit of each token: what takes the place of A_t in (2).  -> (N, T), 0 outside the mask
 
-    A rule of your own is a function like the ones below and an entry in CREDIT_RULES. It finds
+    To add a rule, write a function like those below and an entry in CREDIT_RULES. It finds
     `advantage` (N,), and `quadrant`, `old_logp`, `H` (N, T) and so on in the Batch, whose rows are
     all of the step's responses, those of dropped groups too. What it returns outside the mask does
     not matter. Tokens without credit still count in the denominator of (2).
@@ -612,8 +613,8 @@ def concatenate(batches):
     """Batches with the same fields -> one Batch, padded to the longest row of all."""
     def stack(name, _):
         parts = [getattr(batch, name) for batch in batches]
-        width = max(part.shape[-1] for part in parts)
         if parts[0].dim() == 2:
+            width = max(part.shape[1] for part in parts)
             parts = [F.pad(part, (0, width - part.shape[1])) for part in parts]
         return torch.cat(parts)
     return batches[0].apply(stack)
@@ -704,8 +705,8 @@ def compare_with_policy(run, batch, temperature):
 def mark(run, batch, problems):
     """Set `right`, the verdict on each response, and `reward`: +1 or -1, or less with --overlong.
 
-    A reward of your own goes here: floats of any scale. But `right` alone decides the quadrants,
-    the solve rate, and which groups are dropped, those that are all right or all wrong.
+    Put your own reward here: any scale works. But `right` alone decides the quadrants, the solve
+    rate, and which groups are dropped, those that are all right or all wrong.
     """
     cfg = run.cfg
     verdicts = []
@@ -796,17 +797,17 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     u = u.to(device)
 
     # What each slot is doing.
-    response = torch.full((slots,), N, device=device)   # the row above that it fills; N: idle
+    row = torch.full((slots,), N, device=device)        # the row above that it fills; N: idle
     t = torch.zeros(slots, dtype=torch.long, device=device)         # tokens in that row so far
     newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next
     place = torch.zeros(slots, dtype=torch.long, device=device)     # and its place in the slot
     cache = transformers.Cache(layers=[])
 
     waiting = list(range(len(prompts)))
-    while waiting or (response < N).any():
-        # Prefill. It makes no logits: the first decode step reads the last prompt token once more,
-        # which writes the same key and value again, so that all tokens are drawn in one place.
-        free = (response == N).nonzero()[:, 0]
+    while waiting or (row < N).any():
+        # Prefill, which computes no logits: the first decode step reads the last prompt token once
+        # more and writes the same key and value again. So one line below draws every token.
+        free = (row == N).nonzero()[:, 0]
         at_once = max(1, 16384 // room)                 # bounds the memory that reading takes
         n = min(len(free) // G, len(waiting), at_once)
         if n > 0:
@@ -814,15 +815,15 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
             waiting = waiting[n:]
             prefill(lm, [prompts[i] for i in new], G, cache, free[:n * G], slots, room)
             for i, group in zip(new, free[:n * G].split(G)):
-                response[group] = i * G + torch.arange(G, device=device)
+                row[group] = i * G + torch.arange(G, device=device)
                 newest[group] = prompts[i][-1]
                 place[group] = len(prompts[i]) - 1
 
         # When nothing waits any more, give up idle slots. It copies the cache, so only when a fifth
         # of them are idle.
-        busy = (response < N).nonzero()[:, 0]
-        if not waiting and len(busy) <= 0.8 * len(response):
-            response = response[busy]
+        busy = (row < N).nonzero()[:, 0]
+        if not waiting and len(busy) <= 0.8 * len(row):
+            row = row[busy]
             t = t[busy]
             newest = newest[busy]
             place = place[busy]
@@ -830,6 +831,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
 
         # Decode: one more token in every slot. (On a GPU, most of this time goes into launching
         # kernels one by one. A CUDA graph would belong here, with `width` fixed.)
+        new_tokens = len(busy)
         width = int(place.max()) + 1                    # no slot in use is filled further
         for layer in cache.layers:
             layer.place = place
@@ -837,37 +839,37 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         mask = decode_mask(lm.config, place, width)
         logits = lm(newest[:, None], attention_mask=mask, position_ids=place[:, None],
                     past_key_values=cache).logits[:, -1]                        # (slots, V)
-        token = draw(logits, u[response, t], temperature, top_p)                # (slots,)
-        tokens[response, t] = token
-        logp[response, t], H[response, t] = log_prob_and_entropy(logits, token, temperature)
-        length[response] = t + 1
+        token = draw(logits, u[row, t], temperature, top_p)                     # (slots,)
+        tokens[row, t] = token
+        logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
+        length[row] = t + 1
 
         newest = token
         place = place + 1
         t = t + 1
-        over = torch.isin(token, stop) | (t == limit[response]) | (response == N)
-        response = response.masked_fill(over, N)
+        over = torch.isin(token, stop) | (t == limit[row]) | (row == N)
+        row = row.masked_fill(over, N)
         place = place.masked_fill(over, 0)              # an idle slot keeps writing over place 0
         t = t.masked_fill(over, 0)
-        if keep_on and not keep_on(len(busy)):
+        if keep_on and not keep_on(new_tokens):
             break
 
     # What was kept, without row N, cut to the longest response.
     tokens = tokens.cpu()
     responses = []
-    for row, n in zip(tokens[:N], length.tolist()):
-        responses.append(row[:n].tolist())
+    for ids, n in zip(tokens[:N], length.tolist()):
+        responses.append(ids[:n].tolist())
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
     T = batch.mask.shape[1]
     batch.old_logp = logp[:N, :T].cpu().clone()         # no view: processes exchange whole tensors
     batch.H = H[:N, :T].cpu().clone()
-    ended = [row != [] and row[-1] in stop_ids for row in responses]
+    ended = [ids != [] and ids[-1] in stop_ids for ids in responses]
     batch.ended = torch.tensor(ended, dtype=torch.bool)
     return batch
 
 
 class SlotLayer(transformers.cache_utils.DynamicLayer):
-    """The KV cache of one layer: keys and values, (slots, kv heads, room, d).
+    """The KV cache of one layer: keys and values, (slots, kv heads, room, size of a head).
 
     `generate` sets `place` (slots,), where each slot writes next, and `width`, how far any slot is
     filled; the model calls `update`.
@@ -881,9 +883,9 @@ class SlotLayer(transformers.cache_utils.DynamicLayer):
         self.is_initialized = True
 
     def update(self, keys, values, *args, **kwargs):
-        """The newest token's keys and values, (slots, kv heads, 1, d) -> those of all tokens."""
+        """The newest token's keys and values, (slots, kv heads, 1, size) -> those of all tokens."""
         slot = torch.arange(len(self.place), device=self.place.device)
-        # Two index tensors around a slice select (slots, kv heads, d).
+        # Two index tensors around a slice select (slots, kv heads, size).
         self.keys[slot, :, self.place] = keys[:, :, 0]
         self.values[slot, :, self.place] = values[:, :, 0]
         return self.keys[:, :, :self.width], self.values[:, :, :self.width]
@@ -908,8 +910,8 @@ def prefill(lm, prompts, group_size, cache, to, slots, room):
 def decode_mask(config, place, width):
     """Which places the newest token of each slot attends to: a mask (slots, 1, 1, width).
 
-    All up to its own, and in layers with a sliding window the last few of them. A model with layers
-    of both kinds takes both masks.
+    All up to its own, and in layers with a sliding window the last few of them. A model whose
+    config lists the kinds of its layers expects both masks, in a dict.
     """
     age = place[:, None] - torch.arange(width, device=place.device)         # (slots, width) tokens
     full = (age >= 0)[:, None, None]
@@ -928,9 +930,10 @@ def slots_that_fit(lm, prompts, limits, group_size, free_bytes):
     """How many slots, each with its KV cache and logits, fit into 4/5 of the memory."""
     config = lm.config
     room = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=1)  # tokens
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    numbers = 2 * config.num_hidden_layers * kv_heads * d * room    # keys and values
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    numbers = 2 * config.num_hidden_layers * kv_heads * size * room     # keys and values
     logits = 40 * config.vocab_size             # bytes, with the copies that `draw` makes: measured
     slot = numbers * lm.dtype.itemsize + logits
     # `generate` keeps an id (8 bytes), log p, H and a random number (4 each) for each token.
@@ -995,7 +998,7 @@ class Policy(torch.nn.Module):
         ids = batch.ids                                                         # (N, L)
         mask = batch.mask                                                       # (N, T)
         if len(ids) == 0:
-            # This process has no more rows, but under FSDP all must run the model equally often.
+            # This process has no rows left, but under FSDP all must run the model equally often.
             # So it runs on a dummy token; the loss of no rows is 0, and so are its gradients.
             ids = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
 
@@ -1067,7 +1070,7 @@ def micro_batches(run, batch):
     tokens = world.microbatch_tokens
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, tokens)
-    # Make the rounds equally full: shrink the pieces until one more round would be needed.
+    # Take the smallest pieces that need no extra round, so that no process waits long.
     rounds = math.ceil(len(pieces) / world.size)
     while world.size > 1 and tokens > lengths.max():
         tokens = int(0.9 * tokens)
@@ -1509,7 +1512,7 @@ def measure(run, batch, sums):
         response_tokens, response_length, truncated         their sum, their mean, share cut off
         groups, groups_all_right, groups_all_wrong          sampled; the other two teach nothing
         loss, grad_norm             means over the optimizer steps
-        clip_fraction               share of the tokens learned from without a gradient, by a clip
+        clip_fraction               share of the tokens learned from whose gradient a clip made 0
         sampler_gap                 mean |log pi_sampler - log pi_old|, nats, where measured
         seconds, seconds_PHASE, tokens_per_second           of the step without its evaluation
         peak_memory_bytes           of this GPU
@@ -1564,6 +1567,17 @@ def measure(run, batch, sums):
 # stop before a token, try each likely token in its place, and finish the response many times.
 # --------------------------------------------------------------------------------------------------
 
+class Decision(NamedTuple):
+    """A place in a response where more than one token was likely.
+
+    A pair is a prefix s of a response and a likely token v after it, as one tuple: (number of the
+    problem, *s, v).
+    """
+    t: int                      # the place
+    drawn: tuple                # the pair that was drawn
+    pi: dict                    # {pair: pi(v)} of the likely tokens
+
+
 def true_credit(run, batch, problems, budget, n=16):
     """What was each token really worth? Sets V, I and true_advantage of a Batch, (N, T) each.
 
@@ -1573,7 +1587,7 @@ def true_credit(run, batch, problems, budget, n=16):
 
     s is a prefix, v a likely next token, V(s, v) the share of n continuations that are right, drawn
     at the temperature of evaluations from the whole policy (top_p 1). At most `budget` pairs (s, v)
-    are continued: responses are taken in order, and one that does not fit any more holds nan.
+    are continued: responses are taken in order, and those beyond the budget are nan.
 
     Unlike the credit of a rule, I has no sign; what a rule should resemble is the true advantage.
     """
@@ -1609,22 +1623,14 @@ def true_credit(run, batch, problems, budget, n=16):
         batch.V[i] = float(batch.right[i])
         batch.I[i] = 0
         batch.true_advantage[i] = 0
-        for t, drawn, pi in reversed(found):
-            values = torch.stack([value[pair] for pair in pi])                  # (K,)
-            V, I = value_and_information(torch.tensor(list(pi.values())), values, n)
+        for decision in reversed(found):
+            t = decision.t
+            pi = torch.tensor(list(decision.pi.values()))                       # (likely tokens,)
+            values = torch.stack([value[pair] for pair in decision.pi])
+            V, I = value_and_information(pi, values, n)
             batch.V[i, :t + 1] = V
             batch.I[i, t] = I
-            batch.true_advantage[i, t] = value[drawn] - V
-
-
-class Decision(NamedTuple):
-    """A place in a response where more than one token was likely.
-
-    A pair is a tuple (number of the problem, *s, v): a prefix s, and a token v after it.
-    """
-    t: int                      # the place
-    drawn: tuple                # the pair that was drawn
-    pi: dict                    # {pair: pi(v)} of the likely tokens
+            batch.true_advantage[i, t] = value[decision.drawn] - V
 
 
 @torch.no_grad()
@@ -1667,17 +1673,20 @@ def rest_of(run, problem, begun):
 
 
 def value_and_information(pi, values, n):
-    """V(s), and I in nats, at a prefix.  pi: pi(v), values: V(s, v), from n continuations; (K,)"""
+    """V(s), and I in nats, at a prefix s, from the pi(v) and the V(s, v) of its likely tokens v.
+
+    pi, values: one number per token; a value is a mean over n continuations.
+    """
     def h(x, variance):
         # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)): we
-        # add that. Otherwise the doubt after the token would be too low by 1 / (2 n) and, as V(s)
-        # averages over more samples, the doubt before by less: I would be too high. Where V is near
-        # 0 or 1 an error of up to .3 / n remains. A single estimate of I may fall below 0.
+        # add that. Uncorrected, doubt_after would be about 1 / (2 n) too low. doubt_before averages
+        # over more samples and would lose less: their difference, I, would be too high. Where V is
+        # near 0 or 1, an error of up to .3 / n remains. A single estimate of I may fall below 0.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
-    variance = values * (1 - values) / n                                        # (K,)
+    variance = values * (1 - values) / n                # of each value
     doubt_before = h(V, (pi.square() * variance).sum())
     doubt_after = (pi * h(values, variance)).sum()
     return V, doubt_before - doubt_after
@@ -1785,23 +1794,25 @@ def credit_by_rule(run, batch):
 # (Schwartz and Zippel). The points are fractions, so that nothing is rounded; positive, so that
 # \sqrt{x^2} is x; and computed from the name of the variable.
 #
-# Ignored are spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
-# name in front (AB = 5, f(x) = 2x), units at the end (in \text{}, or bare ones from a list),
-# degrees, and a base that only the gold states (204_5). Not ignored are the order in points, the
-# kind of brackets, repeated elements, other letters (4abcd is a product), and a variable that
-# cancels (5+0x is not 5). 1,234 is a number or a list, 50% is 50 or 1/2. A gold with a decimal of
-# three or more significant digits stands for what rounds to it, within 0.11%: for 16.67, 50/3 is
-# right, but not 16.67 for 50/3. What cannot be read (|x|, n!, ...) only equals the same tokens.
-#
-# It judges values: 2+2 is as right as 4. If a problem is itself the sum to compute, an answer that
-# repeats it is paid; a task can bring a check of its own.
+# Conventions:
+# - Ignored: spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
+#   name in front (AB = 5, f(x) = 2x), degrees, units at the end (in \text{}, or bare ones from a
+#   list), and a base that only the gold states (204_5).
+# - Not ignored: the order in points, the kind of brackets, repeated elements, other letters (4abcd
+#   is a product), and a variable that cancels (5+0x is not 5).
+# - Two readings: 1,234 is a number or a list, 50% is 50 or 1/2.
+# - A gold with a decimal of three or more significant digits stands for what rounds to it, within
+#   0.11%: for 16.67, 50/3 is right. But 16.67 is not right for 50/3.
+# - What cannot be read (|x|, n!, ...) only equals the same tokens.
+# - Values are judged: 2+2 is as right as 4. If a problem is itself the sum to compute, an answer
+#   that repeats it is rewarded; a task can bring a check of its own.
 
 LONGEST_ANSWER = 500    # characters: work is bounded before it is done, so no time-out is needed
 MOST_TOKENS = 120       # of an answer; longer ones only equal the same tokens
 MOST_BITS = 10_000      # of an exact number: 9^{9^9} is refused before it is computed
 POINTS = 3              # at which answers are compared
 
-# Other spellings: first in the text, where ' comes to separate thousands, then of tokens, where the
+# Other spellings: first in the text, where ' becomes the thousands separator, then of tokens: the
 # first in each row replaces the others. IGNORED are tokens that do not change the value.
 CHARACTERS = {r"\displaystyle": "", "{,}": "'", r",\! ": "'", r",\!": "'", "<=": "≤", ">=": "≥",
               "!=": "≠", "{pmatrix}": "", "{bmatrix}": ""}
@@ -1904,8 +1915,8 @@ def same_meaning(ours, gold):
     name, value = split_name(gold)
     if our_name and name and our_name != name:
         return False
-    # Names in front are dropped, but not if the other one is an equation: y = 2x is 2y = 4x. Yet
-    # 2x = 6, which may be the problem, is no answer for x = 3: a gold number gets no name back.
+    # If the gold is an equation, the answer keeps its name: 2y = 4x is y = 2x. If the answer is
+    # one, so does the gold, unless it is a number: for x = 3, 2x = 6 may just repeat the problem.
     if "=" in value:
         answer = ours
     if "=" in answer and any(map(is_variable, value)):
@@ -2075,8 +2086,8 @@ class Structure(NamedTuple):
 
 def read_answer(tokens, whole):
     """The value of an answer. A product may end in %, which is 1/`whole`."""
-    # In a sum, two readings would make two numbers: \frac{100}{99}\% + \frac{98}{99} is 1 or 2. So
-    # what ends in % must be a product, which a higher floor sees to.
+    # A sum with % would be two numbers: \frac{100}{99}\% + \frac{98}{99} is 1 or 2. So only a
+    # product may end in %: the higher floor refuses a sum.
     floor = 0
     if tokens[-1:] == ["%"]:
         tokens = [*tokens[:-1], "/", whole]
@@ -2175,8 +2186,11 @@ def read_argument(stack):
 
 
 def read_parts(stack, first):
-    """A list, a relation and so on: the parts between equal separators. 2x+4y = 6 and x+2y = 3 are
-    one relation: the difference of its sides, up to a factor, which keeps < apart from >."""
+    """A list, a relation and so on: the parts between equal separators.
+
+    A relation becomes the difference of its sides over its change between two points, so 2x+4y = 6
+    is x+2y = 3; inequalities take the size of the change, so that < stays different from >.
+    """
     separator = stack[-1]
     parts = [first]
     while stack[-1] == separator:
@@ -2320,10 +2334,10 @@ def conversation(prompt, where):
         return [{"role": "user", "content": prompt}]
     messages = []
     for message in prompt if isinstance(prompt, list) else [None]:
-        fields = message if isinstance(message, dict) else {}
-        is_text = isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)
+        parts = message if isinstance(message, dict) else {}
+        is_text = isinstance(parts.get("role"), str) and isinstance(parts.get("content"), str)
         require(is_text, f"{where}: the problem must be text, or messages with role and content")
-        messages.append({"role": fields["role"], "content": fields["content"]})
+        messages.append({"role": parts["role"], "content": parts["content"]})
     require(messages and messages[-1]["role"] == "user",
             f"{where}: the problem must be text, or messages of which the last is the user's")
     return messages
@@ -2422,7 +2436,7 @@ def read_csv(path, file):
 # Appendix C. The machine: processes and GPUs, opening a run, checkpoints, errors in one line.
 #
 #                         weights, moments      products  samples from       old_logp and H from
-# CPU; tiny anywhere      whole, fp32           fp32      the policy itself  the sampler
+# one CPU process; tiny   whole, fp32           fp32      the policy itself  the sampler
 # several CPU processes   parts, fp32 (FSDP2)   fp32      a whole fp32 copy  the sampler
 # GPUs, one process each  parts, fp32 (FSDP2)   bf16      a whole bf16 copy  the policy (`score`)
 # --------------------------------------------------------------------------------------------------
@@ -2537,7 +2551,7 @@ class World:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def free_memory(self):
-        """Bytes this process may fill: the free memory of its GPU, or its share of the machine."""
+        """Bytes this process may use: the free memory of its GPU, or its share of the machine."""
         if self.device.type != "cuda":
             return self.host_memory()
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -2567,7 +2581,7 @@ class World:
     def on_signal(self, number, _):
         """Ctrl-C and the like: finish the update that is under way, save (but not in the warm-up),
         stop. A second Ctrl-C stops at once."""
-        # torchrun passes a Ctrl-C on to processes that had it already, so wait for another second.
+        # torchrun passes a Ctrl-C on to processes that had it already: ignore repeats for a second.
         now = time.monotonic()
         if self.signalled and number == signal.SIGINT and now > self.signalled + 1:
             raise KeyboardInterrupt
@@ -2729,9 +2743,9 @@ def load_model(cfg, world):
 
 @torch.no_grad()
 def check_sampling(lm):
-    """Does the model sample as it scores, and score as plain transformers does? If not, an error.
+    """Raise an error unless sampling, scoring and plain transformers agree on log-probabilities.
 
-    It does not if its attention does not take the masks of `generate`, if its cache is of another
+    They do not if its attention does not take the masks of `generate`, if its cache is of another
     kind, or if its logits are not hidden states times a matrix (a bias, a soft cap, a scale).
     """
     V = len(lm.get_input_embeddings().weight)
@@ -2867,7 +2881,7 @@ def check_template(run, problem):
 
 
 def check_golds(run, problems):
-    """Show what the verifier makes of gold answers, and how many worked solutions are right."""
+    """Show how the verifier reads gold answers, and how many worked solutions are right."""
     some = problems[:200]
     unread = 0
     junk = 0
@@ -2901,7 +2915,7 @@ def warn_of_first_step(run, metrics):
                         "--warmup-data or the check of answers is wrong")
     if metrics["sampler_gap"] > 0.1:
         run.world.print(f"warning: sampler and policy differ by {metrics['sampler_gap']:.3f} nats "
-                        "per token: what is trained is not what samples")
+                        "per token: the policy that is trained is not the one that samples")
 
 
 def warn_of_long_steps(run, tokens):
@@ -2924,7 +2938,7 @@ def replace_file(path, text):
 
 
 def replace_folder(path):
-    """Put the finished folder path.new into the place of path, which is never missing for long."""
+    """Put the finished folder path.new into the place of path, which is missing only briefly."""
     shutil.rmtree(path + ".old", ignore_errors=True)
     if os.path.exists(path):
         os.replace(path, path + ".old")
@@ -3035,11 +3049,11 @@ def explain_scores(run):
                     "in nats per token.")
     if sys.stdout.isatty():
         run.world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; tokens "
-                        "in \033[1mbold\033[0m have an entropy above\nthe mean of the tries.")
+                        "in \033[1mbold\033[0m have an entropy of at\nleast the mean of the tries.")
 
 
 def print_evaluation(run, step, name, problems, batch, scores):
-    """Print the scores, and responses to the problem that is solved about half of the time."""
+    """Print the scores, and responses to the problem whose solve rate is nearest to one half."""
     k = run.cfg.eval_samples
     when = f"step {step}" if step > 0 else "base"
     run.world.print(f"\n{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f} "
@@ -3120,6 +3134,10 @@ def write_responses(run, step, name, problems, batch):
 # ---- The page: where does the credit go? ---------------------------------------------------------
 #
 # It runs no script and loads nothing, and what comes from a model or a file can only be text in it.
+# run.page keeps what it needs from one evaluation to the next: "set", the evaluation set shown;
+# "problems", those looked at closely, and "rows", which responses to the first of them; "base" and
+# "latest", sections of HTML, and "step", of the latest; "pixels" per nat.
+#
 # The numbers of a token are variables of its style, such as --H: the bars take their heights from
 # them, and the radio buttons say which of them is --credit.
 PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
@@ -3304,7 +3322,7 @@ def flag_name(name):
 
 
 def check_settings(cfg):
-    """Reject impossible settings and say how to mend them."""
+    """Reject impossible settings and say how to fix them."""
     require(cfg.method in CREDIT_RULES,
             f"no method is called {cfg.method}, only {', '.join(CREDIT_RULES)}")
     require(cfg.loss_mean in ("tokens", "group"), "--loss-mean is tokens or group")
@@ -3380,7 +3398,7 @@ def preset(model):
     config = os.path.join(folder, "config.json")
     if name == "model" and os.path.isfile(config):
         with one_line_errors(config), open(config) as file:
-            earlier = json.load(file)["model"]
+            earlier = json.load(file).get("model", model)
         return (preset(earlier) if earlier != model else {}) | {"warmup_steps": 0}
     for part, settings in PRESETS.items():
         if part in name and part != "tiny":
@@ -3401,7 +3419,7 @@ def resumed_settings(folder):
 
 
 def launch_on_all_gpus(cfg, argv):
-    """Start this command again, once per GPU, if there are several and nobody has done so."""
+    """Start this command again, once per GPU, if there are several and torchrun has not done so."""
     there = torch.cuda.device_count()
     require(cfg.gpus <= there, f"--gpus {cfg.gpus}: this machine has {there}")
     n = cfg.gpus or there
