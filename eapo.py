@@ -65,13 +65,13 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from operator import add, mul, sub, truediv
 from string import ascii_letters, digits
-from types import SimpleNamespace
 from typing import NamedTuple
 from zlib import crc32
 
@@ -457,7 +457,10 @@ class Run:
         """Add a row to history, to metrics.jsonl and to the page."""
         if not metrics:
             return
-        self.history.append({"step": step, **metrics})
+        row = {"step": step}
+        for name, x in metrics.items():
+            row[name] = x if isinstance(x, int) else round(float(x), 6)
+        self.history.append(row)
         if self.world.rank == 0:
             with open(f"{self.out}/metrics.jsonl", "a") as file:
                 file.write(json.dumps(self.history[-1]) + "\n")
@@ -656,7 +659,7 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     cfg = run.cfg
     world = run.world
     world.begin("sample")
-    mine = world.share(numbered)
+    mine = numbered[world.rank::world.size]             # the share of this process
     prompts = [problem.ids for _, problem in mine]
     seeds = [crc32(f"{cfg.seed} {name} {number}".encode()) for number, _ in mine]
     lm = fill_sampler(run)
@@ -786,9 +789,9 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     logp = torch.zeros(N + 1, max_tokens, device=device)
     H = torch.zeros(N + 1, max_tokens, device=device)
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
-    limit = torch.ones(N + 1, dtype=torch.long)
-    limit[:N] = torch.tensor(limits, dtype=torch.long).repeat_interleave(G)
-    limit = limit.to(device)
+    limit = torch.tensor([*limits, 1], device=device).repeat_interleave(G)
+    last = [len(prompt) - 1 for prompt in prompts]      # where the last token of a prompt stands
+    last = torch.tensor([*last, 0], device=device).repeat_interleave(G)
     u = torch.zeros(N + 1, max_tokens)                                          # random numbers
     for rows, seed in zip(u.split(G), seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -798,9 +801,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
 
     # What each slot is doing.
     row = torch.full((slots,), N, device=device)        # the row above that it fills; N: idle
-    t = torch.zeros(slots, dtype=torch.long, device=device)         # tokens in that row so far
     newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next
-    place = torch.zeros(slots, dtype=torch.long, device=device)     # and its place in the slot
     cache = transformers.Cache(layers=[])
 
     waiting = list(range(len(prompts)))
@@ -817,21 +818,19 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
             for i, group in zip(new, free[:n * G].split(G)):
                 row[group] = i * G + torch.arange(G, device=device)
                 newest[group] = prompts[i][-1]
-                place[group] = len(prompts[i]) - 1
 
         # When nothing waits any more, give up idle slots. It copies the cache, so only when a fifth
         # of them are idle.
         busy = (row < N).nonzero()[:, 0]
         if not waiting and len(busy) <= 0.8 * len(row):
             row = row[busy]
-            t = t[busy]
             newest = newest[busy]
-            place = place[busy]
             cache.batch_select_indices(busy)
 
         # Decode: one more token in every slot. (On a GPU, most of this time goes into launching
         # kernels one by one. A CUDA graph would belong here, with `width` fixed.)
-        new_tokens = len(busy)
+        t = length[row]                                 # how many tokens the rows have so far
+        place = last[row] + t                           # where `newest` belongs in its slot
         width = int(place.max()) + 1                    # no slot in use is filled further
         for layer in cache.layers:
             layer.place = place
@@ -843,15 +842,12 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         tokens[row, t] = token
         logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
         length[row] = t + 1
+        length[N] = 0                                   # an idle slot keeps writing over place 0
 
         newest = token
-        place = place + 1
-        t = t + 1
-        over = torch.isin(token, stop) | (t == limit[row]) | (row == N)
+        over = torch.isin(token, stop) | (t + 1 == limit[row])
         row = row.masked_fill(over, N)
-        place = place.masked_fill(over, 0)              # an idle slot keeps writing over place 0
-        t = t.masked_fill(over, 0)
-        if keep_on and not keep_on(new_tokens):
+        if keep_on and not keep_on(len(busy)):
             break
 
     # What was kept, without row N, cut to the longest response.
@@ -1198,6 +1194,9 @@ class Problem:
     limit: int = None           # of response tokens; None: --max-response-tokens
     ids: list = None            # the prompt as tokens
 
+    def __post_init__(self):
+        self.messages = self.messages or [{"role": "user", "content": self.problem}]
+
 
 LETTERS = "abcdefghijklmnop"
 
@@ -1230,18 +1229,13 @@ def column_addition(a, b, rng, letters):
 def addition(split, letters=0):
     """Sums of two 4-digit numbers -> [Problem]. No problem is in two splits."""
     rng = random.Random(0)
-    sizes = {"eval": 128, "train": 2048, "warmup": 16384}
-    numbers = rng.sample(range(10 ** 8), sum(sizes.values()))       # aaaabbbb stands for aaaa+bbbb
-    parts = {}
-    for name, size in sizes.items():
-        parts[name] = numbers[:size]
-        numbers = numbers[size:]
+    numbers = rng.sample(range(10 ** 8), 18560)         # aaaabbbb stands for aaaa+bbbb
+    parts = {"eval": numbers[:128], "train": numbers[128:2176], "warmup": numbers[2176:]}
     problems = []
     for number in parts[split]:
         a, b = divmod(number, 10 ** 4)
-        problem = Problem(f"{a:04}+{b:04}=", answer=str(a + b))
-        problem.solution = column_addition(a, b, rng, letters)
-        problems.append(problem)
+        solution = column_addition(a, b, rng, letters)
+        problems.append(Problem(f"{a:04}+{b:04}=", str(a + b), solution))
     return problems
 
 
@@ -1279,9 +1273,7 @@ def word_problems(split):
     The operator is a decision that makes the answer right or wrong; everything else is routine.
     """
     rng = random.Random(0)
-    cases = []
-    for story in STORIES:
-        cases += [(story, a, b) for a in range(3, 13) for b in range(2, 10)]
+    cases = list(product(STORIES, range(3, 13), range(2, 10)))
     rng.shuffle(cases)
     parts = {"eval": cases[:100], "train": cases[100:300], "warmup": cases[300:]}
     problems = []
@@ -1291,9 +1283,8 @@ def word_problems(split):
         answer = results[STORIES[story]]
         operator = rng.choice("+*")
         result = results[operator]
-        problem = Problem(f"{text}\nAnswer in \\boxed{{}}.", answer=str(answer))
-        problem.solution = f"{a} {operator} {b} = {result}. \\boxed{{{result}}}"
-        problems.append(problem)
+        solution = f"{a} {operator} {b} = {result}. \\boxed{{{result}}}"
+        problems.append(Problem(f"{text}\nAnswer in \\boxed{{}}.", str(answer), solution))
     return problems
 
 
@@ -1371,19 +1362,14 @@ def prompt_ids(tokenizer, problem):
     A chat template writes everything around the problem, BOS included. Without one, the paper's
     instruction follows the problem, and the tokenizer adds its BOS.
     """
-    messages = conversation_of(problem)
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    text = "\n".join(message["content"] for message in messages)
+        return tokenizer.apply_chat_template(
+            problem.messages, add_generation_prompt=True)["input_ids"]
+    text = "\n".join(message["content"] for message in problem.messages)
     ids = tokenizer(text + INSTRUCTION).input_ids
     if ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
-
-
-def conversation_of(problem):
-    """The prompt of a problem as chat messages."""
-    return problem.messages or [{"role": "user", "content": problem.problem}]
 
 
 class Stream:
@@ -1460,8 +1446,7 @@ def eval_metrics(batch, k, every_k):
     ks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] if every_k else []
     ks = [j for j in ks if j < k] + [k]
     for j in ks:
-        passes = [pass_at_k(n=k, c=right, k=j) for right in c.tolist()]
-        passes = torch.tensor(passes)                                           # (problems,)
+        passes = torch.tensor([pass_at_k(n=k, c=right, k=j) for right in c.tolist()])
         scores[f"pass@{j}"] = passes.mean()
     scores["pass_low"], scores["pass_high"] = interval(passes)      # of the last j, which is k
 
@@ -1469,15 +1454,7 @@ def eval_metrics(batch, k, every_k):
     scores["entropy"] = batch.H.sum() / lengths.sum()
     scores["length"] = lengths.float().mean()
     scores["truncated"] = (~batch.ended).float().mean()
-    return rounded(scores)
-
-
-def rounded(metrics):
-    """Scalar tensors and floats -> floats with six decimals; integers stay as they are."""
-    result = {}
-    for name, x in metrics.items():
-        result[name] = x if isinstance(x, int) else round(float(x), 6)
-    return result
+    return scores
 
 
 def pass_at_k(n, c, k):
@@ -1485,10 +1462,7 @@ def pass_at_k(n, c, k):
 
         1 - C(n - c, k) / C(n, k)                                                               (8)
     """
-    all_wrong = 1.0
-    for i in range(k):
-        all_wrong *= max(0, n - c - i) / (n - i)        # the i-th is wrong as well
-    return 1.0 - all_wrong
+    return 1 - math.comb(n - c, k) / math.comb(n, k)    # of the ways to choose k, not the all wrong
 
 
 def interval(values):
@@ -1524,8 +1498,6 @@ def measure(run, batch, sums):
     seconds = sum(world.clock.values())
     tokens = int(batch.mask.sum())
     right = batch.right.reshape(-1, run.cfg.group_size)                         # (B, G)
-    all_right = right.all(dim=1)                                                # (B,)
-    all_wrong = ~right.any(dim=1)
     learned = batch.mask & batch.kept[:, None]                                  # (N, T)
     learned_tokens = max(1, int(learned.sum()))
     updates = max(1, sums["updates"])
@@ -1537,15 +1509,15 @@ def measure(run, batch, sums):
         "response_length": tokens / len(batch.ids),
         "truncated": (~batch.ended).float().mean(),
         "groups": len(right),
-        "groups_all_right": int(all_right.sum()),
-        "groups_all_wrong": int(all_wrong.sum()),
+        "groups_all_right": int(right.all(dim=1).sum()),
+        "groups_all_wrong": int((~right).all(dim=1).sum()),
         "loss": world.sum(sums["loss"]) / updates,
         "grad_norm": sums["grad_norm"] / updates,
         "clip_fraction": world.sum(sums["clipped"]) / learned_tokens,
         "sampler_gap": batch.gap.nansum() / batch.response_len[batch.gap.isfinite()].sum(),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "peak_memory_bytes": world.peak_memory(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),     # 0 on a CPU
     }
     for phase in ("sample", "score", "update"):
         metrics[f"seconds_{phase}"] = world.clock[phase]
@@ -1555,7 +1527,6 @@ def measure(run, batch, sums):
         here = batch.quadrant[learned] == code                                  # (tokens,)
         metrics[f"tokens/{name}"] = here.sum() / learned_tokens
         metrics[f"advantage/{name}"] = credit[here].sum() / all_credit
-    metrics = rounded(metrics)
     if run.done == 1:
         warn_of_first_step(run, metrics)
     return metrics
@@ -1724,33 +1695,28 @@ def credit_by_kind(run, name, batch):
 
     credit/KIND/tokens: its share of the tokens; H, I: its nats per response; I/H: their ratio.
     """
-    measured = batch.I[:, 0].isfinite().nonzero().flatten().tolist()            # responses
-    kinds_of = KINDS.get(name)
-    tokens = Counter()                                  # kind: how many tokens
-    H = Counter()                                       # kind: nats per response
-    I = Counter()
-    for i in measured:
-        pieces = [run.tokenizer.decode([token]) for token in batch.response(i)]
-        kinds = kinds_of(pieces) if kinds_of else ["all"] * len(pieces)
-        for kind, H_t, I_t in zip(kinds, batch.H[i].tolist(), batch.I[i].tolist()):
-            tokens[kind] += 1
-            H[kind] += H_t / len(measured)
-            I[kind] += I_t / len(measured)
-    for counter in (tokens, H, I):
-        counter["all"] = counter.total()
+    batch = batch.rows(batch.I[:, 0].isfinite())        # the responses that were measured
+    n = len(batch.ids)
+    kinds_of = KINDS.get(name, lambda tokens: ["all"] * len(tokens))
+    kinds = []                                          # one for each of their tokens
+    for i in range(n):
+        kinds += kinds_of([run.tokenizer.decode([token]) for token in batch.response(i)])
+    H = batch.H[batch.mask]                                                     # (tokens,)
+    I = batch.I[batch.mask]                                                     # (tokens,)
 
     metrics = {}
-    run.world.print(f"true credit in {len(measured)} responses: share of tokens, H and I in nats "
-                    f"per response\n  {'kind':10}     share         H         I       I/H")
-    for kind in tokens if measured else []:
-        row = {"tokens": tokens[kind] / tokens["all"], "H": H[kind], "I": I[kind]}
-        row["I/H"] = I[kind] / max(H[kind], 1e-9)
+    run.world.print(f"true credit in {n} responses: share of tokens, H and I in nats per response\n"
+                    f"  {'kind':10}     share         H         I       I/H")
+    for kind in dict.fromkeys(kinds + ["all"] if kinds else []):
+        here = torch.tensor([kind in (k, "all") for k in kinds])                # (tokens,)
+        row = {"tokens": here.float().mean(), "H": H[here].sum() / n, "I": I[here].sum() / n}
+        row["I/H"] = row["I"] / row["H"].clamp(min=1e-9)
         line = f"  {kind:10}"
         for key, x in row.items():
             line += f"{x:10.3f}"
             metrics[f"credit/{kind}/{key}"] = x
         run.world.print(line)
-    return rounded(metrics)
+    return metrics
 
 
 def credit_by_rule(run, batch):
@@ -1759,9 +1725,7 @@ def credit_by_rule(run, batch):
     mixed = batch.mask & (batch.advantage != 0)[:, None] & batch.I.isfinite()   # (N, T)
     if not mixed.any():
         return {}
-    cfg = SimpleNamespace(**vars(run.cfg))
-    cfg.group_size = cfg.eval_samples
-    cfg.without = cfg.quadrants = ""
+    cfg = replace(run.cfg, group_size=run.cfg.eval_samples, without="", quadrants="")
     credits = {}
     for method in CREDIT_RULES:
         cfg.method = method
@@ -1776,7 +1740,7 @@ def credit_by_rule(run, batch):
         cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
         run.world.print(f"  {method:12}{cosine:8.2f}")
         metrics[f"credit/cosine/{method}"] = cosine
-    return rounded(metrics)
+    return metrics
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2293,9 +2257,10 @@ COLUMNS = {         # what a column may be called, in any case; the first one th
 def problems_from_rows(source, rows, wanted):
     """Rows of a table -> [Problem] with the problem and `wanted`: its answer or its solution."""
     require(rows, f"{source}: no rows")
+    rows = [plain_row(row, f"{source}, row {n}") for n, row in enumerate(rows, 1)]
     columns = {}
     for role in ("problem", wanted):
-        names = [name for name in COLUMNS[role] if name in plain_row(rows[0])]
+        names = [name for name in COLUMNS[role] if name in rows[0]]
         require(names, f"{source} has no {role} among its columns "
                 f"{', '.join(map(repr, rows[0]))}: rename one to '{role}'")
         columns[role] = names[0]
@@ -2303,7 +2268,6 @@ def problems_from_rows(source, rows, wanted):
     problems = []
     for n, row in enumerate(rows, 1):
         where = f"{source}, row {n}"
-        row = plain_row(row)
         messages = conversation(row.get(columns["problem"]), where)
         problem = Problem(messages[-1]["content"], messages=messages)
         value = row.get(columns[wanted])
@@ -2312,16 +2276,20 @@ def problems_from_rows(source, rows, wanted):
             problem.solution = value
         else:
             problem.answer = gold_answer(value, where)
-            is_solution = columns[wanted] == "solution" and isinstance(problem.answer, str)
-            if is_solution and is_prose(problem.answer):
+            text = str(problem.answer)
+            is_prose = extract_answer(text) is None and len(text.split()) > 5
+            if columns[wanted] == "solution" and is_prose:      # the verifier finds no answer there
                 continue
         problems.append(problem)
     require(problems, f"{source}: no solution holds an answer in \\boxed{{}}")
     return problems
 
 
-def plain_row(row):
+def plain_row(row, where):
     """A row with the names of its columns in lower case, and without verl's nesting."""
+    require(isinstance(row, dict), f"{where}: not an object")
+    require(None not in row, f"{where}: not as many values as columns. Put quotes around a value "
+            "that holds a comma or a new line")
     row = {str(name).lower(): value for name, value in row.items()}
     if isinstance(row.get("reward_model"), dict):
         row |= row["reward_model"]                      # which holds the ground_truth
@@ -2330,14 +2298,11 @@ def plain_row(row):
 
 def conversation(prompt, where):
     """A prompt, which is text or chat messages -> messages, of which the last one is the user's."""
-    if isinstance(prompt, str) and prompt.strip():
-        return [{"role": "user", "content": prompt}]
-    messages = []
-    for message in prompt if isinstance(prompt, list) else [None]:
-        parts = message if isinstance(message, dict) else {}
-        is_text = isinstance(parts.get("role"), str) and isinstance(parts.get("content"), str)
-        require(is_text, f"{where}: the problem must be text, or messages with role and content")
-        messages.append({"role": parts["role"], "content": parts["content"]})
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    for message in messages:
+        is_text = isinstance(message, dict) and isinstance(message.get("content"), str)
+        require(is_text and message["content"].strip() and "role" in message,
+                f"{where}: the problem must be text, or messages with role and content")
     require(messages and messages[-1]["role"] == "user",
             f"{where}: the problem must be text, or messages of which the last is the user's")
     return messages
@@ -2357,24 +2322,28 @@ def gold_answer(value, where):
     return golds if isinstance(value, list) else golds[0]
 
 
-def is_prose(solution):
-    """Whether a solution says its answer only in words, where the verifier cannot find it."""
-    return extract_answer(solution) is None and len(solution.split()) > 5
-
-
 def read_rows(source, split):
     """The rows of a file or of a data set, as dicts."""
     path = source.lower().removesuffix(".gz")
-    if path.endswith((".json", ".jsonl", ".csv")):
-        # Not by `datasets`, which would turn a gold such as 2024-01-01 into a time.
-        opener = gzip.open if source.lower().endswith(".gz") else open
-        with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
-            if path.endswith(".csv"):
-                return read_csv(source, file)
-            return read_json(source, file.read())
     if path.endswith(".parquet"):
         return list(datasets.load_dataset("parquet", data_files=source, split="train"))
-    return read_data_set(source, split)
+    if not path.endswith((".json", ".jsonl", ".csv")):
+        return read_data_set(source, split)
+
+    # Not by `datasets`, which would turn a gold such as 2024-01-01 into a time.
+    opener = gzip.open if source.lower().endswith(".gz") else open
+    with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
+        if path.endswith(".csv"):
+            return list(csv.DictReader(file))
+        text = file.read()
+    if text.lstrip().startswith("["):                   # an array; else an object on each line
+        return json.loads(text)
+    rows = []
+    for n, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            with one_line_errors(f"{source}, line {n}"):
+                rows.append(json.loads(line))
+    return rows
 
 
 def read_data_set(source, split):
@@ -2405,31 +2374,6 @@ def read_data_set(source, split):
     require(there, f"{source} has no split {names[0]}: name one of {', '.join(splits)}, as in "
             f"{name}:{list(splits)[0]}")
     return list(splits[there[0]])
-
-
-def read_json(path, text):
-    """The objects of JSON text: one per line, or all in an array."""
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        rows = []
-        for n, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                with one_line_errors(f"{path}, line {n}"):
-                    rows.append(json.loads(line))
-    for n, row in enumerate(rows, 1):
-        require(isinstance(row, dict), f"{path}, row {n}: not an object")
-    return rows
-
-
-def read_csv(path, file):
-    """The rows of CSV text, all of whose values are strings."""
-    rows = list(csv.DictReader(file))
-    for n, row in enumerate(rows, 1):
-        fits = None not in row and None not in row.values()
-        require(fits, f"{path}, row {n}: not as many values as columns. Put quotes around a value "
-                "that holds a comma or a new line")
-    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2524,10 +2468,6 @@ class World:
         """The sum of a number over all processes."""
         return sum(self.gather(float(x)))
 
-    def share(self, items):
-        """The part of a list that this process works on."""
-        return items[self.rank::self.size]
-
     def whole(self, x):
         """A tensor put together from its parts on all processes."""
         return x.to(self.device).full_tensor() if hasattr(x, "full_tensor") else x
@@ -2545,10 +2485,6 @@ class World:
         self.clock[self.phase] += now - self.phase_start
         self.phase = phase
         self.phase_start = now
-
-    def peak_memory(self):
-        """The most bytes of this GPU that were in use in this step; 0 on a CPU."""
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def free_memory(self):
         """Bytes this process may use: the free memory of its GPU, or its share of the machine."""
@@ -2864,7 +2800,7 @@ def sanity_check(run, problems):
 def check_template(run, problem):
     """Refuse a chat template that drops the problem; warn if its turns end with another token than
     responses do."""
-    messages = conversation_of(problem)
+    messages = problem.messages
     other = {"role": "user", "content": "another problem"}
     reply = {"role": "assistant", "content": "FOUR"}
 
@@ -2937,15 +2873,6 @@ def replace_file(path, text):
     os.replace(path + ".new", path)
 
 
-def replace_folder(path):
-    """Put the finished folder path.new into the place of path, which is missing only briefly."""
-    shutil.rmtree(path + ".old", ignore_errors=True)
-    if os.path.exists(path):
-        os.replace(path, path + ".old")
-    os.replace(path + ".new", path)
-    shutil.rmtree(path + ".old", ignore_errors=True)
-
-
 def save_model(run):
     """Write the policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
     path = f"{run.out}/model"
@@ -2953,14 +2880,13 @@ def save_model(run):
     options = dcs.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcs.get_model_state_dict(lm, options=options)
     if run.world.rank == 0:
-        # Tied weights have two names in `weights`; a file holds them once, under the first.
-        every_name = dict(lm.named_parameters(remove_duplicate=False))
-        for name in every_name.keys() - dict(lm.named_parameters()).keys():
-            del weights[name]
+        for name in lm.all_tied_weights_keys:           # a file holds tied weights once
+            weights.pop(name, None)
         with one_line_errors(path):
             lm.save_pretrained(path + ".new", state_dict=weights)
             run.tokenizer.save_pretrained(path + ".new")
-            replace_folder(path)
+            shutil.rmtree(path, ignore_errors=True)     # from here on, path.new is complete
+            os.replace(path + ".new", path)
 
 
 def checkpoints(out):
@@ -3083,10 +3009,7 @@ def print_responses(run, problem, group):
 
 def printable(text):
     """Text from outside, with what cannot be printed made visible, such as escape codes."""
-    visible = ""
-    for character in str(text):
-        visible += character if character.isprintable() else ascii(character)[1:-1]
-    return visible
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def outcome(run, name):
@@ -3347,12 +3270,7 @@ def check_settings(cfg):
             require(value >= lowest, f"{flag_name(name)} must be {lowest} or more")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
-                    argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the lines of the examples as they are."""
-
-
-EXAMPLES = """examples:
+USAGE = """python eapo.py [flags], for example
   python eapo.py                                      a tiny model learns to carry
   python eapo.py --method grpo --seed 1               another rule, another seed
   python eapo.py --model FOLDER --train-data my.jsonl --eval-data test.jsonl
@@ -3362,8 +3280,8 @@ EXAMPLES = """examples:
 def parse_args(argv=None):
     """The command line -> Config: what is typed, else the model's preset, else the default."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=EXAMPLES, usage="%(prog)s [flags]",
-        allow_abbrev=False, formatter_class=HelpFormatter)
+        description=__doc__.splitlines()[0], usage=USAGE, allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Config):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])

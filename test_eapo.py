@@ -581,10 +581,13 @@ def test_a_step_is_two_updates_on_the_clipped_mean(toy_data, tmp_path, optimizer
     ["--warmup-learning-rate", 1e30, "--warmup-data", "toy", "--warmup-steps", 5]])
 def test_a_gradient_that_is_no_number_ends_the_run_before_a_step(toy_data, tmp_path,
                                                                  optimizer_steps, flags):
-    """At a learning rate of 1e30 the first update makes the next forward pass overflow."""
+    """At a learning rate of 1e30 the first update makes the next forward pass overflow. Nothing is
+    saved then."""
+    cfg = config(tmp_path, *ONE_STEP, *flags)
     with pytest.raises(SystemExit, match="the gradient is (nan|inf), and the step was not taken"):
-        eapo.train(config(tmp_path, *ONE_STEP, *flags))
+        eapo.train(cfg)
     assert len(optimizer_steps) == 1
+    assert not {"metrics.jsonl", "checkpoint", "model"} & set(os.listdir(cfg.out))
 
 
 def test_a_weight_without_a_gradient_stays_as_it_is():
@@ -2426,7 +2429,7 @@ def test_an_evaluation_repeats_its_random_numbers_and_changes_nothing(tmp_path, 
     state = torch.get_rng_state()
     again = eapo.evaluate(run, step=7)
     assert torch.get_rng_state().equal(state)
-    assert run.history == [{"step": 0, **again}]
+    assert run.history == [{"step": 0} | {key: approx(float(x), abs=1e-6) for key, x in again.items()}]
     rows = read_rows(tmp_path / "run" / "responses.jsonl")
     texts = [row["response"] for row in rows]
     assert len(rows) == 2 * 64 * 4
@@ -2626,16 +2629,6 @@ def test_a_step_of_training_is_adam_on_the_naive_loss(tmp_path, monkeypatch, los
         for name, wanted in adam.state[theirs].items():
             difference = (run.optimizer.state[ours][name] - wanted).norm() / wanted.norm()
             assert difference.item() < 1e-3
-
-
-def test_a_gradient_that_is_not_a_number_ends_the_run_before_its_step(tmp_path, monkeypatch):
-    """The first update of step 1 ruins the weights, the second one sees it: nothing is saved."""
-    args = [*SMALL, "--prompts-per-minibatch", 1, "--learning-rate", 1e30, "--eval-every", 0,
-            "--save-every", 1, "--out", tmp_path / "run"]
-    with pytest.raises(SystemExit, match="the gradient is nan, and the step was not taken"):
-        run_toy(monkeypatch, args)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    assert not {"checkpoint", "model"} & set(os.listdir(tmp_path / "run"))
 
 
 # ---- whole small runs ----------------------------------------------------------------------------
