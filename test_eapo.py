@@ -2429,7 +2429,8 @@ def test_an_evaluation_repeats_its_random_numbers_and_changes_nothing(tmp_path, 
     state = torch.get_rng_state()
     again = eapo.evaluate(run, step=7)
     assert torch.get_rng_state().equal(state)
-    assert run.history == [{"step": 0} | {key: approx(float(x), abs=1e-6) for key, x in again.items()}]
+    row = {key: approx(float(x), abs=1e-6) for key, x in again.items()}
+    assert run.history == [{"step": 0, **row}]
     rows = read_rows(tmp_path / "run" / "responses.jsonl")
     texts = [row["response"] for row in rows]
     assert len(rows) == 2 * 64 * 4
