@@ -16,8 +16,8 @@ H. Tokens drawn where it was unsure get a little more credit or blame, the other
 numbers are the paper's, except for (1), which it does not number. In the code a mean is a sum with
 weights that add up to 1: see `token_weights`.
 
-The letters, here and in the code. In shapes, n or m rows are some of the N, and M is a number of
-tokens.
+The letters, here and in the code. In shapes, n and m are some of the N rows, and M counts tokens
+taken from several rows.
 
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
     T      tokens of the longest response    V  vocabulary    D  size of a hidden state
@@ -199,7 +199,7 @@ def token_entropy(logits):
 
     logits (..., V) -> (...). H is 0 if one token is certain, and log V if all are equally likely.
     """
-    # The same as log Z - sum_v p_v z_v, with logits z and log Z = logsumexp(z). A forbidden token
+    # H equals log Z - sum_v p_v z_v, with logits z and log Z = logsumexp(z). A forbidden token
     # has z = -inf and p = 0; its share of the sum is 0, but 0 * -inf would be nan.
     p = logits.softmax(dim=-1)
     z = logits.masked_fill(p == 0, 0)
@@ -309,8 +309,8 @@ def policy_loss(logp, old_logp, A, weight, clip_low, clip_high, clip_c):
         L = - sum_t weight_t * min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t)       (2)
 
     logp, old_logp: log-probabilities of the tokens under pi_theta and pi_old; A: their credit;
-    weight: the mask, or any other weights that are 0 outside it; all (N, T) -> scalar. It is a sum,
-    so a batch can be cut anywhere, and a mean if the weights add up to 1.
+    weight: the mask, or any other weights that are 0 outside it; all (N, T) -> scalar. The result
+    is a sum, so micro-batches can be added, and a mean if all their weights add up to 1.
     """
     rho = (logp - old_logp).exp()                       # (N, T), about 1 on the first mini-batch
     rho_clipped = rho.clamp(1 - clip_low, 1 + clip_high)                        # (N, T)
@@ -341,7 +341,7 @@ def token_weights(mask, group_size, loss_mean):
     """How much each token counts in (2), before the weights are made to add up to 1.
 
     mask (N, T) -> (N, T). "tokens": every token counts the same, as in DAPO and in verl, the
-    framework of the paper's authors. "group": every group counts the same, as (2) is printed.
+    framework of the paper's authors. "group": every group counts the same, as the paper prints it.
     """
     if loss_mean == "tokens":
         return mask.float()
@@ -400,9 +400,9 @@ def train(cfg):
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
                 sums["loss"] += float(loss.detach())
-            # A rare large gradient must not undo the rest: its norm is cut to 1, as is usual.
+            # So that one rare large gradient does not undo the rest, cut its norm to 1, as usual.
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
-            sums["grad_norm"] += finite(world, norm)    # ends the run if it is not
+            sums["grad_norm"] += finite(world, norm)    # or the run ends
             sums["updates"] += 1
             run.optimizer.step()
             run.optimizer.zero_grad()
@@ -474,7 +474,7 @@ def assign_credit(batch, cfg):
     To add a rule, write a function like those below and an entry in CREDIT_RULES. It finds
     `advantage` (N,), and `quadrant`, `old_logp`, `H` (N, T) and so on in the Batch, whose rows are
     all of the step's responses, those of dropped groups too. What it returns outside the mask does
-    not matter. Tokens without credit still count in the denominator of (2).
+    not matter. Tokens without credit still count in the mean.
     """
     batch.quadrant = quadrants(batch.right, batch.H, batch.mask, cfg.group_size)
     credit = CREDIT_RULES[cfg.method](batch, cfg)                               # (N, T)
@@ -760,7 +760,7 @@ def score(run, batch, temperature):
 #
 #     slot 0   p p p p r r r |        p   key and value of a prompt token
 #     slot 1   p p p p r r r |        r   of a response token
-#     slot 2   p p r r r r r r r |    |   `place`: where the next decode step writes
+#     slot 2   p p r r r r r r r |    |   `position`: where the next decode step writes
 #     slot 3   . . . . . . .          .   left over from an earlier response, never looked at
 
 @torch.no_grad()
@@ -769,7 +769,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     """G responses to each prompt -> a Batch of N rows with old_logp, H and ended.
 
     limits: how many tokens a response to each prompt may have. keep_on: called with the number of
-    new tokens after every decode step; if it returns False, the responses stay as they are.
+    new tokens after every decode step; if it returns False, generation stops early.
 
     A token is drawn with a random number that depends, for a given G, on its prompt's seed, its try
     and its place alone. So, up to rounding, responses depend neither on the number of slots or
@@ -789,13 +789,16 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     logp = torch.zeros(N + 1, max_tokens, device=device)
     H = torch.zeros(N + 1, max_tokens, device=device)
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
+    last = [len(prompt) - 1 for prompt in prompts]      # position of the last prompt token
+    # With limit 1, last 0 and length 0, row N makes an idle slot compute at position 0 of its own
+    # cache, be over at once, and so stay idle until a prompt is read into it.
     limit = torch.tensor([*limits, 1], device=device).repeat_interleave(G)
-    last = [len(prompt) - 1 for prompt in prompts]      # where the last token of a prompt stands
     last = torch.tensor([*last, 0], device=device).repeat_interleave(G)
     u = torch.zeros(N + 1, max_tokens)                                          # random numbers
     for rows, seed in zip(u.split(G), seeds):
         generator = torch.Generator().manual_seed(seed)
-        # Drawn for all G tries at token 0, then at token 1, ..: max_tokens changes no number.
+        # First those for token 0 of all tries, then for token 1, and so on: a larger max_tokens
+        # only appends numbers.
         rows.copy_(torch.rand(max_tokens, G, generator=generator).T)
     u = u.to(device)
 
@@ -830,19 +833,19 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         # Decode: one more token in every slot. (On a GPU, most of this time goes into launching
         # kernels one by one. A CUDA graph would belong here, with `width` fixed.)
         t = length[row]                                 # how many tokens the rows have so far
-        place = last[row] + t                           # where `newest` belongs in its slot
-        width = int(place.max()) + 1                    # no slot in use is filled further
+        position = last[row] + t                        # where `newest` belongs in its slot
+        width = int(position.max()) + 1                 # no slot in use is filled further
         for layer in cache.layers:
-            layer.place = place
+            layer.position = position
             layer.width = width
-        mask = decode_mask(lm.config, place, width)
-        logits = lm(newest[:, None], attention_mask=mask, position_ids=place[:, None],
+        mask = decode_mask(lm.config, position, width)
+        logits = lm(newest[:, None], attention_mask=mask, position_ids=position[:, None],
                     past_key_values=cache).logits[:, -1]                        # (slots, V)
         token = draw(logits, u[row, t], temperature, top_p)                     # (slots,)
         tokens[row, t] = token
         logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
         length[row] = t + 1
-        length[N] = 0                                   # an idle slot keeps writing over place 0
+        length[N] = 0                                   # or idle slots would move on
 
         newest = token
         over = torch.isin(token, stop) | (t + 1 == limit[row])
@@ -867,8 +870,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
 class SlotLayer(transformers.cache_utils.DynamicLayer):
     """The KV cache of one layer: keys and values, (slots, kv heads, room, size of a head).
 
-    `generate` sets `place` (slots,), where each slot writes next, and `width`, how far any slot is
-    filled; the model calls `update`.
+    `generate` sets `position` (slots,), where each slot writes next, and `width`, how far any slot
+    is filled; the model calls `update`.
     """
 
     def __init__(self, like, slots, room):
@@ -880,10 +883,10 @@ class SlotLayer(transformers.cache_utils.DynamicLayer):
 
     def update(self, keys, values, *args, **kwargs):
         """The newest token's keys and values, (slots, kv heads, 1, size) -> those of all tokens."""
-        slot = torch.arange(len(self.place), device=self.place.device)
+        slot = torch.arange(len(self.position), device=self.position.device)
         # Two index tensors around a slice select (slots, kv heads, size).
-        self.keys[slot, :, self.place] = keys[:, :, 0]
-        self.values[slot, :, self.place] = values[:, :, 0]
+        self.keys[slot, :, self.position] = keys[:, :, 0]
+        self.values[slot, :, self.position] = values[:, :, 0]
         return self.keys[:, :, :self.width], self.values[:, :, :self.width]
 
 
@@ -903,13 +906,13 @@ def prefill(lm, prompts, group_size, cache, to, slots, room):
         mine.values[to, :, :P] = theirs.values.repeat_interleave(group_size, dim=0)
 
 
-def decode_mask(config, place, width):
-    """Which places the newest token of each slot attends to: a mask (slots, 1, 1, width).
+def decode_mask(config, position, width):
+    """Which positions each slot's newest token may attend to: a mask (slots, 1, 1, width).
 
     All up to its own, and in layers with a sliding window the last few of them. A model whose
     config lists the kinds of its layers expects both masks, in a dict.
     """
-    age = place[:, None] - torch.arange(width, device=place.device)         # (slots, width) tokens
+    age = position[:, None] - torch.arange(width, device=position.device)       # (slots, width)
     full = (age >= 0)[:, None, None]
     sliding = full
     if getattr(config, "sliding_window", None):
@@ -950,7 +953,7 @@ def draw(logits, u, temperature, top_p):
     order = None
     if top_p < 1:
         p, order = p.sort(dim=-1, descending=True)
-        before = p.cumsum(dim=-1) - p                   # what the likelier tokens hold together
+        before = p.cumsum(dim=-1) - p                   # total probability of the likelier tokens
         p = p.masked_fill(before >= top_p, 0)
     # In double precision, because a parallel sum in fp32 need not rise from token to token. The sum
     # of p is not exactly 1, so u is stretched to it.
@@ -1066,7 +1069,7 @@ def micro_batches(run, batch):
     tokens = world.microbatch_tokens
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, tokens)
-    # Take the smallest pieces that need no extra round, so that no process waits long.
+    # Shrink the pieces as long as the number of rounds stays the same: that evens out the work.
     rounds = math.ceil(len(pieces) / world.size)
     while world.size > 1 and tokens > lengths.max():
         tokens = int(0.9 * tokens)
@@ -1462,7 +1465,7 @@ def pass_at_k(n, c, k):
 
         1 - C(n - c, k) / C(n, k)                                                               (8)
     """
-    return 1 - math.comb(n - c, k) / math.comb(n, k)    # of the ways to choose k, not the all wrong
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def interval(values):
@@ -1538,15 +1541,17 @@ def measure(run, batch, sums):
 # stop before a token, try each likely token in its place, and finish the response many times.
 # --------------------------------------------------------------------------------------------------
 
-class Decision(NamedTuple):
-    """A place in a response where more than one token was likely.
+class Pair(NamedTuple):
+    """Something to continue: a prefix s of a response to a problem, and a likely next token v."""
+    number: int                 # of the problem
+    tokens: tuple               # s, and then v
 
-    A pair is a prefix s of a response and a likely token v after it, as one tuple: (number of the
-    problem, *s, v).
-    """
+
+class Decision(NamedTuple):
+    """A place in a response where more than one token was likely."""
     t: int                      # the place
-    drawn: tuple                # the pair that was drawn
-    pi: dict                    # {pair: pi(v)} of the likely tokens
+    drawn: Pair                 # with the token that was drawn
+    pi: dict                    # {Pair: pi(v)} of all likely tokens
 
 
 def true_credit(run, batch, problems, budget, n=16):
@@ -1558,26 +1563,26 @@ def true_credit(run, batch, problems, budget, n=16):
 
     s is a prefix, v a likely next token, V(s, v) the share of n continuations that are right, drawn
     at the temperature of evaluations from the whole policy (top_p 1). At most `budget` pairs (s, v)
-    are continued: responses are taken in order, and those beyond the budget are nan.
+    are continued: responses are taken in order, and one that would exceed the budget stays nan.
 
     Unlike the credit of a rule, I has no sign; what a rule should resemble is the true advantage.
     """
     # 1. Find the pairs. Responses begin alike, and a pair that several share is continued once.
     decisions = {}                                      # i: those of response i
-    needed = {}                                         # a dict as a set in order: {pair: _}
+    needed = {}                                         # its keys: the pairs, in order, each once
     for i in range(len(batch.ids)):
         # Rounding may differ between GPUs, so all processes take what the first finds.
         found = run.world.gather(find_decisions(run, batch, i))[0]
         more = dict(needed)
         for decision in found:
-            more |= decision.pi
+            more |= dict.fromkeys(decision.pi)
         if len(more) <= budget:
             needed = more
             decisions[i] = found
 
     # 2. Continue them.
     run.world.print(f"measuring credit: {n * len(needed)} continuations")
-    rests = [rest_of(run, problems[number], begun) for number, *begun in needed]
+    rests = [rest_of(run, problems[pair.number], list(pair.tokens)) for pair in needed]
     numbered = list(enumerate(rests))
     tries = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
     if run.stopped:
@@ -1613,20 +1618,23 @@ def find_decisions(run, batch, i):
     """
     lm = fill_sampler(run)
     row = batch.rows([i]).to(lm.device)
+    number = int(row.number)
     start = int(row.prompt_len)
     logits = lm(row.ids).logits[0, start - 1:-1].float()                        # (T, V)
     p = (logits / run.cfg.eval_temperature).softmax(dim=-1)
     top = p.topk(4).indices.tolist()                                            # (T, 4) tokens
     found = []
-    s = (int(row.number),)
+    s = ()
     for t, o in enumerate(batch.response(i)):
         likely = {v: float(p[t, v]) for v in top[t] if p[t, v] >= 0.01}
         likely[o] = float(p[t, o])
         total = sum(likely.values())
-        pi = {(*s, v): likely[v] / total for v in sorted(likely)}
-        s = (*s, o)                                     # the pair drawn, and the next prefix
+        pi = {}
+        for v in sorted(likely):
+            pi[Pair(number, (*s, v))] = likely[v] / total
+        s = (*s, o)
         if len(pi) > 1:
-            found.append(Decision(t, s, pi))
+            found.append(Decision(t, Pair(number, s), pi))
     return found
 
 
@@ -1650,8 +1658,8 @@ def value_and_information(pi, values, n):
     """
     def h(x, variance):
         # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)): we
-        # add that. Uncorrected, doubt_after would be about 1 / (2 n) too low. doubt_before averages
-        # over more samples and would lose less: their difference, I, would be too high. Where V is
+        # add that. Uncorrected, each h(V(s, v)) is about 1 / (2 n) too low, and so is their mean;
+        # V(s) pools all samples, so h(V(s)) is less too low, and I would be too high. Where V is
         # near 0 or 1, an error of up to .3 / n remains. A single estimate of I may fall below 0.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
@@ -1875,16 +1883,7 @@ def same_answer(prediction, gold):
 
 def same_meaning(ours, gold):
     """Whether two lists of tokens are the same, or are readable and have the same value."""
-    our_name, answer = split_name(ours)
-    name, value = split_name(gold)
-    if our_name and name and our_name != name:
-        return False
-    # If the gold is an equation, the answer keeps its name: 2y = 4x is y = 2x. If the answer is
-    # one, so does the gold, unless it is a number: for x = 3, 2x = 6 may just repeat the problem.
-    if "=" in value:
-        answer = ours
-    if "=" in answer and any(map(is_variable, value)):
-        value = gold
+    answer, value = drop_names(ours, gold)
     # The base may be left out: 204 for 204_5.
     if "_" not in "".join(answer):
         value = [t.partition("_")[0] if t[0] in DIGITS else t for t in value]
@@ -1899,6 +1898,24 @@ def same_meaning(ours, gold):
                    for whole in readings)
     except UNREADABLE:
         return False
+
+
+def drop_names(ours, gold):
+    """Two answers without names in front, except where an equation needs its name.
+
+    If one side is an equation, both are compared with their names: y = 2x is 2y = 4x. But a gold
+    number goes without: for x = 3, the answer 2x = 6 may just repeat the problem. Where the names
+    differ, ours is empty, which equals nothing.
+    """
+    our_name, answer = split_name(ours)
+    name, value = split_name(gold)
+    if our_name and name and our_name != name:
+        return [], value
+    if "=" in value:
+        answer = ours
+    if "=" in answer and any(map(is_variable, value)):
+        value = gold
+    return answer, value
 
 
 def answer_in_words(text):
@@ -2065,12 +2082,15 @@ def read_answer(tokens, whole):
 
 
 def read_expression(stack, floor=0):
-    """The value up to a symbol that binds no tighter than `floor`: after 2+, up to the next +."""
+    """Read operands and operators up to one that binds no tighter than `floor` -> their value.
+
+    In 2+3*4+5, floor is the strength of + after 2+: this reads 3*4 and stops at the second +.
+    """
     value = read_power(stack)
     while True:
         token = stack[-1]
         strength = STRENGTH.get(token, len(LEVELS))
-        # Two numbers side by side, 2 3, are no product.
+        # Two numbers side by side, 2 3, are not a product.
         if strength <= floor or token[0] in DIGITS:
             return value
         if strength < SUM_STRENGTH:
@@ -2152,8 +2172,8 @@ def read_argument(stack):
 def read_parts(stack, first):
     """A list, a relation and so on: the parts between equal separators.
 
-    A relation becomes the difference of its sides over its change between two points, so 2x+4y = 6
-    is x+2y = 3; inequalities take the size of the change, so that < stays different from >.
+    A relation becomes the difference of its sides, divided by its change between two points, so
+    2x+4y = 6 is x+2y = 3. An inequality is divided by |change|, so x < 3 differs from -x < -3.
     """
     separator = stack[-1]
     parts = [first]
@@ -2172,7 +2192,7 @@ def read_parts(stack, first):
 
 
 def skip_unit(stack, value):
-    """Take a unit and its exponent away; an error if it is not at the end of a constant value."""
+    """Skip a unit and its exponent; an error if it is not at the end of a constant value."""
     unit = stack.pop()
     if stack[-1] == "^":
         stack.pop()
@@ -2314,7 +2334,7 @@ def gold_answer(value, where):
     for gold in value if isinstance(value, list) else [value]:
         if isinstance(gold, str) and extract_answer(gold) is None:
             gold = gold.rpartition("####")[2].strip()   # GSM8K writes the answer after these
-        is_number = isinstance(gold, (int, float)) and abs(gold) < math.inf     # nan is not
+        is_number = isinstance(gold, (int, float)) and abs(gold) < math.inf     # nor nan
         require(is_number or isinstance(gold, str) and gold,
                 f"{where}: the answer {value!r:.60} is not text, a number or a list of these")
         golds.append(gold)
@@ -2435,7 +2455,8 @@ class Bar(tqdm):
 class World:
     """The processes of a run, one per GPU. With a single process nothing is communicated.
 
-    `gather`, and whatever calls it, must be called by every process, or the others wait.
+    `gather` and `whole`, and whatever calls them, must be called by every process, or the others
+    wait.
     """
 
     def __init__(self, cfg):
@@ -2565,7 +2586,7 @@ def open_run(cfg):
 
 
 def signals():
-    """What may ask a run to stop; only the main thread of a program may listen to them."""
+    """The signals that stop a run; only the main thread of a program may listen to them."""
     if threading.current_thread() is not threading.main_thread():
         return []
     names = ["SIGINT", "SIGTERM", "SIGHUP"]
@@ -2607,7 +2628,7 @@ def close_run(run):
 
 
 def folder_of(cfg, world):
-    """The path of the folder of a run. That of a new run must be empty or not be there."""
+    """The path of the folder of a run. A new run's folder must be empty or absent."""
     model = os.path.basename(os.path.normpath(cfg.model))
     now = time.strftime("%Y%m%d-%H%M%S")
     out = cfg.out or f"runs/{model}-{now}-{os.getpid()}"
@@ -2758,7 +2779,7 @@ def fill_sampler(run):
 
 
 def empty_sampler(run):
-    """Free the copy's weights: the update needs the room, and will make them out of date."""
+    """Free the copy's weights: the update needs the memory, and makes the copy out of date."""
     if run.sampler is not run.policy.lm:
         for weight in run.sampler.parameters():
             weight.data = weight.data.new_empty(0)
@@ -2841,7 +2862,7 @@ def check_golds(run, problems):
 
 
 def warn_of_first_step(run, metrics):
-    """Warn of what would spoil every step."""
+    """Warn about problems that would spoil every step."""
     if metrics["truncated"] > 0.5:
         run.world.print("warning: most responses were cut off at --max-response-tokens: raise it, "
                         "or see whether the stop tokens above are the model's")
@@ -2936,7 +2957,7 @@ def load_checkpoint(run):
     run.stream.position = state["position"]
     run.done = state["step"]
     run.page = json.loads(state["page"])
-    if run.done == 0:           # to save an unused optimizer, torch has let it take an empty step
+    if run.done == 0:           # to save an unused optimizer, torch made it take an empty step
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
     # What comes after the checkpoint will be done again: take it out of the logs, and with it the
@@ -2968,7 +2989,7 @@ def read_log(path, last_step):
 # --------------------------------------------------------------------------------------------------
 
 def explain_scores(run):
-    """Say once what the numbers and the colours of evaluations mean."""
+    """Explain once the numbers and the colours of an evaluation."""
     k = run.cfg.eval_samples
     run.world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its "
                     f"95% interval;\nPass@{k} the share of problems with a right try; entropy is "
@@ -3108,7 +3129,8 @@ def show_responses(run, step, problem, group):
     A = group.advantage                                                         # (G,)
     if "rows" not in run.page:          # two right and two wrong ones; later, the same tries
         right_first = group.right.float().argsort(descending=True, stable=True).tolist()
-        run.page["rows"] = right_first[:2] + right_first[2:][-2:]
+        others = right_first[2:]
+        run.page["rows"] = right_first[:2] + others[-2:]
         run.page["pixels"] = 44 / max(0.7, float(group.H.max()))        # per nat
     mu, _ = entropy_mean_and_std(group.H, group.mask, G)
     fork = group.mask & (group.H >= mu)                                         # (G, T)
@@ -3249,9 +3271,9 @@ def check_settings(cfg):
     require(cfg.method in CREDIT_RULES,
             f"no method is called {cfg.method}, only {', '.join(CREDIT_RULES)}")
     require(cfg.loss_mean in ("tokens", "group"), "--loss-mean is tokens or group")
-    require(cfg.group_size > 1, "a group of one has no mean to beat: use --group-size 2 or more")
+    require(cfg.group_size > 1, "a group of one has nothing to compare: use --group-size 2 or more")
     require(0 <= cfg.alpha < cfg.phi,
-            "--alpha must lie from 0 to below --phi, or (7) could turn the sign of an advantage")
+            "--alpha must lie from 0 to below --phi, or (7) could flip the sign of an advantage")
     for name in split_names(cfg.quadrants) + split_names(cfg.without):
         require(name in QUADRANTS, f"no quadrant is called {name}, only {', '.join(QUADRANTS)}")
     require(not cfg.without or cfg.method == "eapo", "--without is for --method eapo")

@@ -1510,8 +1510,8 @@ def test_other_problems_or_other_answers_are_other_data():
 
 @pytest.mark.parametrize("args, says", [
     ("--group-size 1", "--group-size 2 or more"),
-    ("--alpha 2", "turn the sign"),
-    ("--alpha -0.1", "turn the sign"),
+    ("--alpha 2", "flip the sign"),
+    ("--alpha -0.1", "flip the sign"),
     ("--model x --warmup-steps 3", "needs --warmup-data"),
     ("--clip-c 1.28", "--clip-c must lie above"),
     ("--prompts-per-step 0", "--prompts-per-step must be 1 or more"),
@@ -3102,6 +3102,16 @@ def test_a_stop_in_the_first_evaluation_is_made_good(undisturbed, tmp_path, monk
     run_toy(monkeypatch, ["--resume", tmp_path / "run"])
     run_toy(monkeypatch, [*args, "--out", tmp_path / "other"])
     assert_same_run(tmp_path / "run", tmp_path / "other")
+
+
+def test_a_run_that_samples_nothing_ends_as_finished(tmp_path, monkeypatch, capsys):
+    """No step and no evaluation: the model is saved, and nothing is said to have been stopped."""
+    args = ["--warmup-steps", 1, "--steps", 0, "--eval-every", 0, "--out", tmp_path / "run"]
+    run = run_toy(monkeypatch, args)
+    assert not run.stopped
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert "stopped" not in capsys.readouterr().out
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(monkeypatch):
