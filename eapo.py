@@ -1581,7 +1581,7 @@ def true_credit(run, batch, problems, budget, n=16):
             decisions[i] = found
 
     # 2. Continue them.
-    run.world.print(f"measuring credit: {n * len(needed)} continuations")
+    run.world.print(f"measuring what each token was worth: {n * len(needed)} continuations")
     rests = [rest_of(run, problems[pair.number], list(pair.tokens)) for pair in needed]
     numbered = list(enumerate(rests))
     tries = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
@@ -1713,7 +1713,8 @@ def credit_by_kind(run, name, batch):
     I = batch.I[batch.mask]                                                     # (tokens,)
 
     metrics = {}
-    run.world.print(f"true credit in {n} responses: share of tokens, H and I in nats per response\n"
+    run.world.print(f"true credit in {n} responses to the problems solved about half of the time:\n"
+                    "share of tokens, H and I in nats per response\n"
                     f"  {'kind':10}     share         H         I       I/H")
     for kind in dict.fromkeys(kinds + ["all"] if kinds else []):
         here = torch.tensor([kind in (k, "all") for k in kinds])                # (tokens,)
@@ -1740,13 +1741,14 @@ def credit_by_rule(run, batch):
         credits[method] = assign_credit(batch, cfg)
     cfg.alpha = 1.9             # nearly as much as (7) allows
     cfg.phi = 2.0
-    credits["eapo, 1.9"] = eapo_credit(batch, cfg)
+    credits["eapo alpha 1.9"] = eapo_credit(batch, cfg)
 
     metrics = {}
-    run.world.print("  cosine between the credit of a rule and the true advantage (1: the same)")
+    run.world.print("  cosine of the credit of a rule with the true advantage, which is what a token\n"
+                    "  did to the chance of a right answer (1: the same)")
     for method, credit in credits.items():
         cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
-        run.world.print(f"  {method:12}{cosine:8.2f}")
+        run.world.print(f"  {method:16}{cosine:8.2f}")
         metrics[f"credit/cosine/{method}"] = cosine
     return metrics
 
@@ -2554,8 +2556,9 @@ def open_run(cfg):
     """Processes, folder, model and problems of a Config -> a Run, ready for its first step."""
     world = World(cfg)
     out = folder_of(cfg, world)
-    if len(preset(cfg.model)) > 1 and cfg.model != "tiny":
-        world.print(f"{cfg.model} has its own preset, see PRESETS and --help")
+    if cfg.model != "tiny":
+        settings = [f"{flag_name(name)} {x}" for name, x in preset(cfg.model).items()]
+        world.print(f"preset of {cfg.model}: {' '.join(settings) or 'none'}")
     lm, tokenizer, stop_ids = load_model(cfg, world)
     sampler = lm
     if world.sharded:           # the policy will be cut up: a whole copy samples
@@ -2621,7 +2624,8 @@ def close_run(run):
     if run.stopped and (run.done < run.cfg.steps or run.lacks_evaluation()):
         world.print(f"stopped; go on with: python eapo.py --resume {run.out}")
     elif not run.cfg.eval_only:
-        world.print(f"next: python eapo.py --model {run.out}/model --eval-only --eval-samples 64 "
+        world.print("to evaluate it more precisely:\n"
+                    f"  python eapo.py --model {run.out}/model --eval-only --eval-samples 64 "
                     f"--eval-data {shlex.quote(run.cfg.eval_data)}")
     if world.size > 1:
         dist.destroy_process_group()                    # its threads must not outlive the program
@@ -2800,11 +2804,12 @@ def sanity_check(run, problems):
             f"with its response has {longest}: lower --max-response-tokens")
     first = problems[0]
     text = run.tokenizer.decode(first.ids)
-
-    bos = first.ids.count(run.tokenizer.bos_token_id)
     ends = run.tokenizer.convert_ids_to_tokens(run.stop_ids)
-    world.print(f"first prompt: {text[:400]!r}\n  {len(first.ids)} tokens, {first.ids[:5]} .. "
-                f"{first.ids[-3:]}, BOS {bos} times\nresponses end with {ends}")
+    world.print(f"checks before the run:\n  first prompt, {len(first.ids)} tokens: {text[:400]!r}\n"
+                f"  responses end with {ends}")
+    bos = first.ids.count(run.tokenizer.bos_token_id)
+    if bos > 1:
+        world.print(f"warning: the prompt has {bos} BOS tokens, where models know one")
     check_golds(run, problems)
     if "boxed" not in text and not first.solution:      # tasks have solutions, to imitate first
         world.print("warning: the prompt does not ask for \\boxed{}. Unless the model boxes its "
@@ -2848,17 +2853,17 @@ def check_golds(run, problems):
         unread += readings.count(None) > 0
         junk += is_correct("\\boxed{no idea}", problem.answer)
         if n < 3 and not problem.check:
-            run.world.print(f"gold answer {problem.answer!r:.60} is read as "
+            run.world.print(f"  gold answer {problem.answer!r:.60} is read as "
                             f"{readings[0] or 'symbols only'!s:.60}")
     if not some[0].check:
-        run.world.print(f"the verifier cannot read {unread} of {len(some)} gold answers"
-                        f"{', which responses must repeat exactly' if unread else ''}; it accepts "
-                        f"junk for {junk}")
+        run.world.print(f"  the verifier reads {len(some) - unread} of {len(some)} gold answers"
+                        f"{' (the others must be repeated exactly)' if unread else ''}, and "
+                        f"rejects junk for {len(some) - junk}")
     solved = [problem for problem in some if problem.solution]
-    if solved:
+    if solved and not run.cfg.eval_only:
         right = [(p.check or is_correct)(p.solution, p.answer) for p in solved]
         share = sum(right) / len(solved)
-        run.world.print(f"of {len(solved)} worked solutions {share:.0%} are right")
+        run.world.print(f"  of {len(solved)} worked solutions, for the warm-up, {share:.0%} are right")
 
 
 def warn_of_first_step(run, metrics):
@@ -2993,7 +2998,8 @@ def explain_scores(run):
     k = run.cfg.eval_samples
     run.world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its "
                     f"95% interval;\nPass@{k} the share of problems with a right try; entropy is "
-                    "in nats per token.")
+                    "in nats per token.\nThe tries shown are at a problem solved about half of the "
+                    "time.")
     if sys.stdout.isatty():
         run.world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; tokens "
                         "in \033[1mbold\033[0m have an entropy of at\nleast the mean of the tries.")
@@ -3002,7 +3008,7 @@ def explain_scores(run):
 def print_evaluation(run, step, name, problems, batch, scores):
     """Print the scores, and responses to the problem whose solve rate is nearest to one half."""
     k = run.cfg.eval_samples
-    when = f"step {step}" if step > 0 else "base"
+    when = f"step {step}" if step > 0 else "model" if run.cfg.eval_only else "base"
     run.world.print(f"\n{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f} "
                     f"({scores['avg_low']:.3f} to {scores['avg_high']:.3f}), "
                     f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f}")
@@ -3047,9 +3053,9 @@ def outcome(run, name):
     text = f"{avg.title()} on {name}: {first:.3f}"
     if len(rows) == 1:
         return text
-    verdict = "no difference is shown, as their 95% intervals overlap"
+    verdict = "no difference is shown, as the 95% intervals overlap"
     if low > first_high or high < first_low:
-        verdict = f"{'better' if last > first else 'worse'} beyond their 95% intervals"
+        verdict = f"{'better' if last > first else 'worse'}, as the 95% intervals do not overlap"
     return f"{text} before, {last:.3f} after {rows[-1]['step']} steps: {verdict}"
 
 
@@ -3331,7 +3337,7 @@ def parse_args(argv=None):
 
 def preset(model):
     """The settings that a model changes, by the last part of its name. The model/ of an earlier run
-    inherits those of that run's model, but no second warm-up."""
+    inherits those of that run's model, but for the warm-up and the measuring of credit."""
     if model == "tiny":
         return PRESETS["tiny"]
     folder, name = os.path.split(os.path.normpath(model))
@@ -3339,7 +3345,8 @@ def preset(model):
     if name == "model" and os.path.isfile(config):
         with one_line_errors(config), open(config) as file:
             earlier = json.load(file).get("model", model)
-        return (preset(earlier) if earlier != model else {}) | {"warmup_steps": 0}
+        settings = preset(earlier) if earlier != model else {}
+        return settings | {"warmup_steps": 0, "credit_problems": 0}
     for part, settings in PRESETS.items():
         if part in name and part != "tiny":
             return settings

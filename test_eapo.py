@@ -1243,6 +1243,16 @@ def test_a_prompt_has_one_bos_and_no_eos():
     assert tokenizer.decode(ids) == "1+1=" + eapo.INSTRUCTION
 
 
+def test_a_prompt_with_two_bos_is_told(capsys):
+    run = a_run()
+    run.tokenizer.bos_token = "0"
+    for problem, said in (("1+2=", 0), ("10+2=", 0), ("100+2=", 1)):
+        short = Problem(problem, ids=run.tokenizer(problem).input_ids)
+        short.check = odd
+        eapo.sanity_check(run, [short])
+        assert capsys.readouterr().out.count("2 BOS tokens") == said
+
+
 @pytest.mark.parametrize("template, says", [
     ("{{ raise_exception('a system message is needed') }}", "chat template of .*: a system mess"),
     ("{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}", "leaves the prob"),
@@ -1360,7 +1370,7 @@ def test_the_check_before_training_shows_how_gold_answers_are_read(capsys):
     assert "gold answer '\\\\frac{1}{2}' is read as the number 1/2" in said
     assert "is read as a formula" in said
     assert "gold answer '(1,2)' is read as () of 2 parts" in said
-    assert "the verifier cannot read 2 of 6 gold answers, which" in said
+    assert "the verifier reads 4 of 6 gold answers (the others must" in said
 
 
 def test_a_data_set_gives_the_configuration_and_the_split_named_or_the_usual_one(
@@ -1471,7 +1481,7 @@ def test_the_tiny_model_refuses_what_it_has_no_characters_for(monkeypatch):
 def test_the_check_before_training_counts_right_solutions(capsys):
     problems = [Problem("", "1", "\\boxed{1}"), Problem("", "1", "\\boxed{2}"), Problem("", "1")]
     eapo.check_golds(a_run(), problems)
-    assert "of 2 worked solutions 50% are right" in capsys.readouterr().out
+    assert "of 2 worked solutions, for the warm-up, 50% are right" in capsys.readouterr().out
 
 
 def test_a_stream_gives_every_problem_once_an_epoch_and_goes_on_from_its_position():
@@ -2069,7 +2079,7 @@ def test_equal_beginnings_are_continued_once_and_the_work_is_bounded(capsys):
     assert "100 continuations" in capsys.readouterr().out
     assert batch.I.isfinite().all()
     batch = measured(TOY, ["026", "137"], n=10, budget=5)
-    assert "measuring credit: 0 continuations" in capsys.readouterr().out
+    assert "was worth: 0 continuations" in capsys.readouterr().out
     assert batch.I.isnan().all()
 
 
@@ -2267,7 +2277,7 @@ def test_a_run_leaves_its_page_after_step_0_and_a_table_of_credit_at_both_ends(t
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
     assert ["credit/all/I" in row for row in rows] == [True, False, True]
     assert all(row["credit/all/tokens"] == 1 for row in rows[::2])
-    assert capsys.readouterr().out.count("measuring credit") == 2
+    assert capsys.readouterr().out.count("measuring what each token") == 2
 
 
 def has_odd_length(text):
@@ -2532,13 +2542,13 @@ def test_the_outcome_compares_the_first_evaluation_with_the_last():
     for step, (score, low, high) in enumerate([(.5, .4, .6), (.9, .8, .95), (.7, .61, .8)]):
         scores = {"avg@4": score, "avg_low": low, "avg_high": high}
         run.history.append({"step": step} | {f"eval/x/{key}": y for key, y in scores.items()})
-    said = "Avg@4 on x: 0.500 before, 0.700 after 2 steps: better beyond their 95% intervals"
+    said = "Avg@4 on x: 0.500 before, 0.700 after 2 steps: better, as the 95% intervals do not overlap"
     assert eapo.outcome(run, "x") == said
     run.history[2]["eval/x/avg_low"] = .59
     assert "0.700 after 2 steps: no difference is shown" in eapo.outcome(run, "x")
     run.history[2]["eval/x/avg_high"] = .39
     run.history[2]["eval/x/avg@4"] = .3
-    assert "0.300 after 2 steps: worse beyond" in eapo.outcome(run, "x")
+    assert "0.300 after 2 steps: worse, as" in eapo.outcome(run, "x")
     run.history = run.history[:1]
     assert eapo.outcome(run, "x") == "Avg@4 on x: 0.500"
     assert eapo.sparkline([0, .5, 1]) == "▁▅█"
