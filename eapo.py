@@ -394,8 +394,8 @@ def train(cfg):
             for micro in micro_batches(run, mini):      # of this process
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                # Add a term of your own here, weighted by micro.weight. For a KL penalty, put the
-                # log-probabilities of the reference model into a new field of Batch before.
+                # Add a term of your own here, weighted by micro.weight. For a KL penalty, `score`
+                # the batch with a reference Policy before, into a new field of Batch.
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -696,7 +696,7 @@ def compare_with_policy(run, batch, temperature):
     """
     by_length = batch.response_len.argsort(descending=True, stable=True)
     rows = by_length if run.world.bf16 else by_length[:1]       # all, or the longest alone
-    logp, H = score(run, batch.rows(rows), temperature)                         # (rows, t)
+    logp, H = score(run.policy, run.world, batch.rows(rows), temperature)       # (rows, t)
     t = logp.shape[1]
     batch.gap = torch.full([len(batch.ids)], torch.nan)
     batch.gap[rows] = (logp - batch.old_logp[rows, :t]).abs().sum(dim=1)
@@ -734,9 +734,8 @@ def texts(run, batch):
 
 
 @torch.no_grad()
-def score(run, batch, temperature):
-    """log-probability of a batch's response tokens and H, under the policy.  -> (N, T) both"""
-    world = run.world
+def score(policy, world, batch, temperature):
+    """log-probability of a batch's response tokens and H, under a Policy.  -> (N, T) both"""
     world.begin("score")
     pieces = micro_batch_rows(batch.prompt_len + batch.response_len, world.microbatch_tokens)
     most = max(world.gather(len(pieces)))               # under FSDP all run the model equally often
@@ -744,7 +743,7 @@ def score(run, batch, temperature):
     all_logp = torch.zeros(batch.mask.shape)
     all_H = torch.zeros(batch.mask.shape)
     for rows in pieces:
-        logp, H = run.policy(batch.rows(rows).to(world.device), temperature)    # (n, t) both
+        logp, H = policy(batch.rows(rows).to(world.device), temperature)        # (n, t) both
         t = logp.shape[1]
         all_logp[rows, :t] = logp.cpu()
         all_H[rows, :t] = H.cpu()

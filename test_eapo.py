@@ -1039,7 +1039,7 @@ def test_scoring_takes_both_numbers_from_the_policy():
     run = a_run(tiny_lm(), "--microbatch-tokens", 8)
     batch = batch_of(1, 5, 2)
     logp, H = run.policy(batch, 0.7)
-    scored_logp, scored_H = eapo.score(run, batch, 0.7)
+    scored_logp, scored_H = eapo.score(run.policy, run.world, batch, 0.7)
     near(scored_logp, logp.detach())
     near(scored_H, H.detach())
     assert not scored_logp.requires_grad and not scored_H.requires_grad
@@ -1981,7 +1981,7 @@ def measured(table, responses, n, budget=10 ** 6):
     problem = eapo.Problem("1+1=", "2", check=lambda text, answer: answer in text, ids=prompt)
     ids = [tokenizer(text).input_ids + [1] for text in responses]
     batch = eapo.make_batch([prompt] * len(ids), ids)
-    batch.old_logp, batch.H = eapo.score(run, batch, 1.0)
+    batch.old_logp, batch.H = eapo.score(run.policy, run.world, batch, 1.0)
     eapo.mark(run, batch, [problem] * len(ids))
     batch.number = torch.zeros(len(ids), dtype=torch.long)
     eapo.true_credit(run, batch, [problem], budget, n)
