@@ -552,8 +552,8 @@ class Batch:
     old_logp: torch.Tensor = None   # (N, T) log-probability of each response token under pi_old
     H: torch.Tensor = None          # (N, T) entropy of pi_old before each response token, nats
     ended: torch.Tensor = None      # (N,)   True: the model stopped by itself; False: cut off
-    gap: torch.Tensor = None        # (N,)   sum over tokens of |log pi_sampler - log pi_old|, nats;
-                                    #        nan where it was not measured
+    gap: torch.Tensor = None        # (N,)   sum over tokens of |log pi_sampler - log pi_policy|,
+                                    #        nats; nan where it was not measured
     number: torch.Tensor = None     # (N,)   the problem's place in its stream or evaluation set
     right: torch.Tensor = None      # (N,)   the verdict of the verifier
     reward: torch.Tensor = None     # (N,)   r
@@ -789,15 +789,14 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     H = torch.zeros(N + 1, max_tokens, device=device)
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
     last = [len(prompt) - 1 for prompt in prompts]      # position of the last prompt token
-    # With limit 1, last 0 and length 0, row N makes an idle slot compute at position 0 of its own
-    # cache, be over at once, and so stay idle until a prompt is read into it.
+    # Row N looks like a response of limit 1 to a prompt of one token: an idle slot writes one token
+    # at position 0 of its cache, is over, and is idle again.
     limit = torch.tensor([*limits, 1], device=device).repeat_interleave(G)
     last = torch.tensor([*last, 0], device=device).repeat_interleave(G)
     u = torch.zeros(N + 1, max_tokens)                                          # random numbers
     for rows, seed in zip(u.split(G), seeds):
         generator = torch.Generator().manual_seed(seed)
-        # First those for token 0 of all tries, then for token 1, and so on: a larger max_tokens
-        # only appends numbers.
+        # Drawn as (tokens, tries), so that a larger max_tokens only appends rows.
         rows.copy_(torch.rand(max_tokens, G, generator=generator).T)
     u = u.to(device)
 
@@ -973,8 +972,8 @@ def log_prob_and_entropy(logits, tokens, temperature):
     """log pi(token) and H of pi = softmax(logits / temperature), over the whole vocabulary in fp32.
 
     logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all come here,
-    so they agree. Temperature 0, which draws greedily, counts as 1. top_p plays no part: tokens are
-    drawn from a truncated pi, but pi_old and rho refer to the whole of it, as in verl.
+    for the same formula. Temperature 0, which draws greedily, counts as 1. top_p plays no part:
+    tokens are drawn from a truncated pi, but pi_old and rho refer to the whole of it, as in verl.
     """
     if temperature == 0:
         temperature = 1.0
@@ -1061,8 +1060,9 @@ def micro_batches(run, batch):
     """This process's rows of a batch, in pieces that fit in memory, on the device that computes.
 
     All processes must run the model equally often, and each round lasts as long as its largest
-    piece. So all rows are sorted by length, cut into pieces, and dealt out in turn: the pieces of a
-    round are about equally large. In the last round some may be empty.
+    piece. (A round is one piece on each process.) So all rows are sorted by length, cut into
+    pieces, and dealt out in turn: the pieces of a round are about equally large. In the last round
+    some may be empty.
     """
     world = run.world
     tokens = world.microbatch_tokens
@@ -1216,7 +1216,7 @@ def column_addition(a, b, rng, letters):
     result = ""
     total = 0
     for x, y in zip(reversed(f"{a:04}"), reversed(f"{b:04}")):
-        # The bigger the column before, the likelier a carry: sigmoid((its sum - 12.5) / 1.5).
+        # The larger the previous column's sum, the likelier a carry: sigmoid((sum - 12.5) / 1.5).
         chance = 1 / (1 + math.exp((12.5 - total) / 1.5))
         carry = bool(columns) and rng.random() < chance
         x, y = rng.sample((x, y), 2)
@@ -1489,7 +1489,7 @@ def measure(run, batch, sums):
         groups, groups_all_right, groups_all_wrong          sampled; the other two teach nothing
         loss, grad_norm             means over the optimizer steps
         clip_fraction               share of the tokens learned from whose gradient a clip made 0
-        sampler_gap                 mean |log pi_sampler - log pi_old|, nats, where measured
+        sampler_gap                 mean |log pi_sampler - log pi_policy|, nats, where measured
         seconds, seconds_PHASE, tokens_per_second           of the step without its evaluation
         peak_memory_bytes           of this GPU
         tokens/Q, advantage/Q       share of quadrant Q in the tokens learned from, and in the sum
@@ -1567,8 +1567,8 @@ def true_credit(run, batch, problems, budget, n=16):
     Unlike the credit of a rule, I has no sign; what a rule should resemble is the true advantage.
     """
     # 1. Find the pairs. Responses begin alike, and a pair that several share is continued once.
-    decisions = {}                                      # i: those of response i
-    needed = {}                                         # its keys: the pairs, in order, each once
+    decisions = {}                                      # {i: [Decision, ...]} of measured responses
+    needed = {}                                         # an ordered set: {Pair: None}
     for i in range(len(batch.ids)):
         # Rounding may differ between GPUs, so all processes take what the first finds.
         found = run.world.gather(find_decisions(run, batch, i))[0]
@@ -1589,8 +1589,8 @@ def true_credit(run, batch, problems, budget, n=16):
     right = tries.right.reshape(-1, n).float()                                  # (pairs, n)
     value = dict(zip(needed, right.mean(dim=1)))        # V(s, v)
 
-    # 3. Apply the formulas. V changes at decisions only; after the last one it is the verdict. We
-    # go backwards, and each decision sets V at its own place and at all places before.
+    # 3. Apply the formulas. V is constant between decisions. Fill it from the right: start with the
+    # verdict, then let each decision overwrite everything up to its own place.
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -1657,9 +1657,9 @@ def value_and_information(pi, values, n):
     """
     def h(x, variance):
         # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)): we
-        # add that. Uncorrected, each h(V(s, v)) is about 1 / (2 n) too low, and so is their mean;
-        # V(s) pools all samples, so h(V(s)) is less too low, and I would be too high. Where V is
-        # near 0 or 1, an error of up to .3 / n remains. A single estimate of I may fall below 0.
+        # add that. Otherwise each h(V(s, v)), estimated from n samples, would be about 1 / (2 n)
+        # too low. V(s) pools more samples, so h(V(s)) would be too low by less, and I too high.
+        # Where V is near 0 or 1, an error of up to .3 / n remains. An estimate of I may be below 0.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
@@ -1743,8 +1743,8 @@ def credit_by_rule(run, batch):
     credits["eapo alpha 1.9"] = eapo_credit(batch, cfg)
 
     metrics = {}
-    run.world.print("  cosine of the credit of a rule with the true advantage, which is what a token\n"
-                    "  did to the chance of a right answer (1: the same)")
+    run.world.print("  cosine of the credit of a rule with the true advantage, which is what a\n"
+                    "  token did to the chance of a right answer (1: the same)")
     for method, credit in credits.items():
         cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
         run.world.print(f"  {method:16}{cosine:8.2f}")
@@ -1785,8 +1785,8 @@ MOST_TOKENS = 120       # of an answer; longer ones only equal the same tokens
 MOST_BITS = 10_000      # of an exact number: 9^{9^9} is refused before it is computed
 POINTS = 3              # at which answers are compared
 
-# Other spellings: first in the text, where ' becomes the thousands separator, then of tokens: the
-# first in each row replaces the others. IGNORED are tokens that do not change the value.
+# Other spellings. CHARACTERS are replaced in the text, where ' becomes the thousands separator.
+# Each row of SPELLINGS is one token, of which the first spelling is kept. IGNORED change no value.
 CHARACTERS = {r"\displaystyle": "", "{,}": "'", r",\! ": "'", r",\!": "'", "<=": "≤", ">=": "≥",
               "!=": "≠", "{pmatrix}": "", "{bmatrix}": ""}
 SPELLINGS = r"""\frac \dfrac \tfrac \cfrac | \sqrt √ sqrt | \pi π pi | \theta θ | \infty ∞ | } \}
@@ -1893,6 +1893,7 @@ def same_meaning(ours, gold):
     if max(len(answer), len(value)) > MOST_TOKENS:
         return False
     try:
+        # The gold may be rounded, by up to 0.11%, the answer by up to 2e-6.
         slack = max(min(rounding_error(answer), 2e-6), min(rounding_error(value), 1.1e-3))
         readings = ["1", "100"] if "%" in answer + value else ["1"]
         return any(values_agree(read_answer(answer, whole), read_answer(value, whole), slack)
@@ -1905,18 +1906,18 @@ def drop_names(ours, gold):
     """Two answers without names in front, except where an equation needs its name.
 
     If one side is an equation, both are compared with their names: y = 2x is 2y = 4x. But a gold
-    number goes without: for x = 3, the answer 2x = 6 may just repeat the problem. Where the names
+    x = 3 is compared as 3, so 2x = 6 is wrong: it may just repeat the problem. Where the names
     differ, ours is empty, which equals nothing.
     """
-    our_name, answer = split_name(ours)
-    name, value = split_name(gold)
-    if our_name and name and our_name != name:
-        return [], value
-    if "=" in value:
-        answer = ours
-    if "=" in answer and any(map(is_variable, value)):
-        value = gold
-    return answer, value
+    our_name, our_value = split_name(ours)
+    gold_name, gold_value = split_name(gold)
+    if our_name and gold_name and our_name != gold_name:
+        return [], gold_value
+    if "=" in gold_value:
+        our_value = ours
+    if "=" in our_value and any(map(is_variable, gold_value)):
+        gold_value = gold
+    return our_value, gold_value
 
 
 def answer_in_words(text):
@@ -1942,6 +1943,7 @@ def split_name(tokens):
     rest = []
     for token in tokens:
         rest.append(token)
+        # In x = 1 or x = 2 the name comes again.
         if rest[-size:] == name:
             del rest[-size:]
     # x = 5x is an equation in x, not a value with a name.
@@ -2011,11 +2013,11 @@ def scan_tokens(text, separators, is_prose):
         elif token == "_" and tokens:
             subscript, text = split_argument(text)
             tokens[-1] += "_" + subscript
-        elif token[0] in VARIABLES and is_word:
+        elif token[0] in ascii_letters and is_word:
             tokens.append('"' + (token if token.isupper() else token.lower()))
-        elif token[0] in VARIABLES:
-            # A variable each.
-            tokens += piece
+        elif token[0] in ascii_letters:
+            # xy is x times y.
+            tokens += list(piece)
         elif token.strip() not in IGNORED:
             tokens.append(token)
     return tokens
@@ -2400,10 +2402,10 @@ def read_data_set(source, split):
 # --------------------------------------------------------------------------------------------------
 # Appendix C. The machine: processes and GPUs, opening a run, checkpoints, errors in one line.
 #
-#                         weights, moments      products  samples from       old_logp and H from
-# one CPU process; tiny   whole, fp32           fp32      the policy itself  the sampler
-# several CPU processes   parts, fp32 (FSDP2)   fp32      a whole fp32 copy  the sampler
-# GPUs, one process each  parts, fp32 (FSDP2)   bf16      a whole bf16 copy  the policy (`score`)
+#                           weights and moments  matrix products in  samples from  H from
+# one process, CPU or tiny  whole, fp32          fp32                the policy    the sampler
+# several CPU processes     parts, fp32 (FSDP2)  fp32                a fp32 copy   the sampler
+# GPUs, one process each    parts, fp32 (FSDP2)  bf16                a bf16 copy   the policy
 # --------------------------------------------------------------------------------------------------
 
 def require(condition, message):
@@ -2688,7 +2690,7 @@ def load_model(cfg, world):
         require(len(tokenizer) <= tokens, f"{cfg.model} embeds {tokens} tokens, and its tokenizer "
                 f"has {len(tokenizer)}: one of them belongs to another model")
     lm.eval()                               # no dropout
-    with one_line_errors(f"--model {cfg.model}, which is of an unsupported kind or damaged"):
+    with one_line_errors(f"--model {cfg.model}, which is unsupported or damaged"):
         check_sampling(lm)
     configured = lm.generation_config.eos_token_id
     known = configured if isinstance(configured, list) else [configured]
@@ -2753,8 +2755,8 @@ def check_memory(cfg, world):
 def shard(policy, world, offload):
     """Make the weights of the policy fp32 and cut them over the processes, layer by layer (FSDP2).
 
-    A layer is put together, in bf16 on GPUs, only while it computes. On GPUs its activations are
-    not kept, but computed again in backward.
+    A layer's full weights exist, in bf16 on GPUs, only while it computes. On GPUs its activations
+    are not kept, but computed again in backward.
     """
     if not world.sharded:
         return policy.to(world.device)
@@ -2808,7 +2810,7 @@ def sanity_check(run, problems):
                 f"  responses end with {ends}")
     bos = first.ids.count(run.tokenizer.bos_token_id)
     if bos > 1:
-        world.print(f"warning: the prompt has {bos} BOS tokens, where models know one")
+        world.print(f"warning: the prompt has {bos} BOS tokens; models are trained with one")
     check_golds(run, problems)
     if "boxed" not in text and not first.solution:      # tasks have solutions, to imitate first
         world.print("warning: the prompt does not ask for \\boxed{}. Unless the model boxes its "
@@ -2862,7 +2864,8 @@ def check_golds(run, problems):
     if solved and not run.cfg.eval_only:
         right = [(p.check or is_correct)(p.solution, p.answer) for p in solved]
         share = sum(right) / len(solved)
-        run.world.print(f"  of {len(solved)} worked solutions, for the warm-up, {share:.0%} are right")
+        run.world.print(f"  of {len(solved)} worked solutions, for the warm-up, {share:.0%} are "
+                        "right")
 
 
 def warn_of_first_step(run, metrics):
@@ -3083,9 +3086,15 @@ def write_responses(run, step, name, problems, batch):
 # ---- The page: where does the credit go? ---------------------------------------------------------
 #
 # It runs no script and loads nothing, and what comes from a model or a file can only be text in it.
-# run.page keeps what it needs from one evaluation to the next: "set", the evaluation set shown;
-# "problems", those looked at closely, and "rows", which responses to the first of them; "base" and
-# "latest", sections of HTML, and "step", of the latest; "pixels" per nat.
+# run.page keeps what it needs from one evaluation to the next, for example
+#
+#     {"set": "MATH-500",             the evaluation set that is shown
+#      "problems": [17, 4],           those in which credit is measured; the first is shown
+#      "rows": [0, 3, 5, 6],          which responses to it
+#      "base": "<section ..",         their HTML at the first evaluation
+#      "latest": "<section ..",       and at the latest, which was at
+#      "step": 10,
+#      "pixels": 40.0}                height of the bars per nat
 #
 # The numbers of a token are variables of its style, such as --H: the bars take their heights from
 # them, and the radio buttons say which of them is --credit.
@@ -3178,14 +3187,14 @@ def summary(group, fork, facts):
 def token_html(text, fork, numbers):
     """A token and {name: number}: its bars, and its tooltip."""
     text = shown(text).replace(" ", "·")
-    told = text + " "
+    tooltip = text + " "
     style = ""
     for name, x in numbers.items():
         if math.isfinite(x):
             style += f"--{name}:{x:.3f};"
-            told += f"  {name} {x:.3f}"
+            tooltip += f"  {name} {x:.3f}"
     focus = 'class="fork" tabindex="0"' if fork else 'tabindex="-1"'
-    return f'<span {focus} style="{style}" data-t="{told}">{BARS}{text}</span>'
+    return f'<span {focus} style="{style}" data-t="{tooltip}">{BARS}{text}</span>'
 
 
 def write_page(run):
@@ -3352,7 +3361,7 @@ def preset(model):
     return {}
 
 
-# Settings that do not change what is learned, and so may differ when a run is resumed.
+# Settings that do not change a step, and so may differ when a run is resumed.
 MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens"}
 
 

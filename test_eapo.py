@@ -433,8 +433,9 @@ def test_the_metrics_of_a_step_worked_by_hand(capsys):
     assert found["groups_all_wrong"] == 0
 
     batch.ended[:] = False                  # all cut off, of which the first step warns
-    for run.done in (1, 2):
-        eapo.measure(run, batch, sums)
+    for run.done, updates in ((1, 1), (2, 0)):
+        found = eapo.measure(run, batch, sums | {"updates": updates})
+        assert float(found["loss"]) == approx(.6)           # the mean of one; without any, the sum
     assert capsys.readouterr().out.count("most responses were cut off") == 1
 
 
@@ -3420,7 +3421,7 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path):
     transformers.GraniteForCausalLM(config).save_pretrained(tmp_path)
     eapo.tiny_model(0)[1].save_pretrained(tmp_path)
     cfg = parse(["--model", tmp_path])
-    with pytest.raises(SystemExit, match="unsupported kind .*: log-probabilities as scored are"):
+    with pytest.raises(SystemExit, match="unsupported or damaged: .*log-probabilities as scored are"):
         eapo.load_model(cfg, eapo.World(cfg))
 
 
