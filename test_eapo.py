@@ -2788,6 +2788,16 @@ def test_a_first_step_that_would_spoil_the_others_is_told(capsys, change, warnin
     assert said.count("warning") == len(change)
 
 
+@pytest.mark.parametrize("seconds, told", [(2, "500 tokens/s .* 80000 tokens takes up to 3 min"),
+                                           (1, "^$")])
+def test_a_step_of_more_than_two_minutes_is_told_before_it_starts(capsys, seconds, told):
+    """1000 tokens in 2 s, and 10 prompts x 8 x 1000 tokens in a step: 160 s. In 1 s: 80 s."""
+    run = a_run(None, "--prompts-per-step", 10, "--group-size", 8, "--max-response-tokens", 1000)
+    run.world.clock["sample"] = seconds
+    eapo.warn_of_long_steps(run, 1000)
+    assert re.search(told, capsys.readouterr().out)
+
+
 def test_the_tiny_model_takes_two_threads_at_most_unless_told_otherwise(undisturbed, monkeypatch):
     """On 16 cores 2, on 1 core 1; OMP_NUM_THREADS and other models have torch's own number. The
     folder is one that is refused, so that nothing runs."""
