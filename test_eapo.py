@@ -2724,7 +2724,7 @@ def test_the_trained_model_is_an_ordinary_folder_that_trains_on(
     said = capsys.readouterr().out
     for words in ("solve rate ", "Avg@2 on addition: ", " after 1 steps: ",
                   f"{run.out}/report.html",
-                  f"next: python eapo.py --model {run.out}/model --eval-only --eval-samples 64 "
+                  f"python eapo.py --model {run.out}/model --eval-only --eval-samples 64 "
                   "--eval-data addition"):
         assert words in said
     assert run.out == str(tmp_path / "run")
