@@ -846,6 +846,15 @@ def test_no_token_without_probability_is_ever_drawn(top_p):
         assert tokens.max() < 50
 
 
+def test_no_more_slots_are_busy_than_memory_allows():
+    """6 prompts, 2 tries each, room for 5 slots: 4 tokens in a step, as a group needs 2 slots."""
+    lm, _ = eapo.tiny_model(0)
+    steps = []
+    eapo.generate(lm.eval(), [[3, 4]] * 6, 2, [3] * 6, 1.0, 1.0, [], range(6), slots_at_most=5,
+                  keep_on=lambda tokens: steps.append(tokens) or True)
+    assert steps == [4] * 9
+
+
 def test_as_many_slots_are_used_as_memory_holds():
     """2 (keys, values) x 1 layer x 2 heads x 25 numbers of 4 bytes are 400 a token; 10 tokens and
     40 bytes for a vocabulary of one make 4,040 a slot. 4/5 of 50,500 bytes hold ten of them, when
