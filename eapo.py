@@ -1625,12 +1625,11 @@ def find_decisions(run, batch, i):
     found = []
     s = ()
     for t, o in enumerate(batch.response(i)):
-        likely = {v: float(p[t, v]) for v in top[t] if p[t, v] >= 0.01}
-        likely[o] = float(p[t, o])
-        total = sum(likely.values())
+        likely = {v for v in top[t] if p[t, v] >= 0.01} | {o}
+        total = sum(float(p[t, v]) for v in likely)
         pi = {}
         for v in sorted(likely):
-            pi[Pair(number, (*s, v))] = likely[v] / total
+            pi[Pair(number, (*s, v))] = float(p[t, v]) / total
         s = (*s, o)
         if len(pi) > 1:
             found.append(Decision(t, Pair(number, s), pi))
@@ -1712,12 +1711,14 @@ def credit_by_kind(run, name, batch):
     I = batch.I[batch.mask]                                                     # (tokens,)
 
     metrics = {}
-    run.world.print(f"true credit in {n} responses to the problems solved about half of the time:\n"
-                    "share of tokens, H and I in nats per response\n"
+    run.world.print(f"true credit in {n} responses to problems that the first evaluation solved\n"
+                    "about half of the time: share of tokens, H and I in nats per response\n"
                     f"  {'kind':10}     share         H         I       I/H")
     for kind in dict.fromkeys(kinds + ["all"] if kinds else []):
         here = torch.tensor([kind in (k, "all") for k in kinds])                # (tokens,)
-        row = {"tokens": here.float().mean(), "H": H[here].sum() / n, "I": I[here].sum() / n}
+        row = {"tokens": here.float().mean()}
+        row["H"] = H[here].sum() / n
+        row["I"] = I[here].sum() / n
         row["I/H"] = row["I"] / row["H"].clamp(min=1e-9)
         line = f"  {kind:10}"
         for key, x in row.items():
@@ -2200,7 +2201,8 @@ def skip_unit(stack, value):
     if stack[-1] == "^":
         stack.pop()
         read_operand(stack)
-    is_last = stack[-1][0] == '"' or STRENGTH.get(stack[-1], len(LEVELS)) < SUM_STRENGTH
+    strength = STRENGTH.get(stack[-1], len(LEVELS))
+    is_last = stack[-1][0] == '"' or strength < SUM_STRENGTH
     if unit[1:].removesuffix("s") in NO_UNITS or not is_constant(value) or not is_last:
         raise ValueError("words that may change the value")
 
