@@ -1031,6 +1031,8 @@ def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
         return log_prob_and_entropy(h @ head.T, o, temperature)
 
     chunk = max(1, LOGITS_AT_ONCE // len(head))                                 # tokens
+    if len(hidden) <= chunk:                            # nothing to save
+        return through_head(hidden, tokens)
     logps = []
     entropies = []
     for h, o in zip(hidden.split(chunk), tokens.split(chunk)):
@@ -1145,13 +1147,10 @@ def warm_up(run):
 
 def solution_batch(run, problems):
     """The prompts of problems, each followed by its worked solution and the stop token: a Batch."""
-    prompts = [problem.ids for problem in problems]
-    solutions = []
-    for problem in problems:
-        ids = run.tokenizer(str(problem.solution), add_special_tokens=False).input_ids
-        ids = ids + run.stop_ids[:1]
-        solutions.append(ids[:run.cfg.max_response_tokens])
-    return make_batch(prompts, solutions)
+    worked = [problem.solution for problem in problems]
+    rows = run.tokenizer(worked, add_special_tokens=False).input_ids
+    solutions = [(ids + run.stop_ids[:1])[:run.cfg.max_response_tokens] for ids in rows]
+    return make_batch([problem.ids for problem in problems], solutions)
 
 
 def new_optimizer(run, learning_rate, beta2):
@@ -2584,6 +2583,7 @@ def open_run(cfg):
     sanity_check(run, problems)
     if not cfg.resume:
         make_folder(run)
+    lock_folder(run)
     if not cfg.eval_only:
         for number in signals():
             if signal.getsignal(number) != signal.SIG_IGN:      # as SIGHUP is under nohup
@@ -2662,6 +2662,23 @@ def make_folder(run):
     run.world.gather(None)
     require(os.path.exists(f"{run.out}/config.json"),
             f"--out {run.out} must be one folder that all machines share")
+
+
+def lock_folder(run):
+    """Refuse a folder in which another process is at work, as two would spoil each other's files.
+
+    The operating system lifts the lock when the process that holds it ends, however it ends.
+    """
+    if run.world.rank > 0 or os.name == "nt":           # Windows has no such locks
+        return
+    import fcntl
+    lock = os.open(f"{run.out}/.lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"eapo: another process is at work in {run.out}") from None
+    except OSError:                                     # nor have some network disks
+        os.close(lock)
 
 
 def write_settings(run):

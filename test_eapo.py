@@ -2823,6 +2823,25 @@ def test_the_tiny_model_takes_two_threads_at_most_unless_told_otherwise(undistur
     assert threads == [2, 1]
 
 
+def test_a_folder_in_which_another_process_is_at_work_is_refused(tmp_path):
+    """Whether both started there or both resume. The lock is gone once that process is killed, and
+    does not hinder a second run of the same process, as in a notebook."""
+    hold = ("import sys, eapo, types; "
+            "world = types.SimpleNamespace(rank=0); "
+            "eapo.lock_folder(types.SimpleNamespace(world=world, out=sys.argv[1])); "
+            "print('locked', flush=True); sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True, cwd=os.path.dirname(__file__))
+    run = types.SimpleNamespace(world=types.SimpleNamespace(rank=0), out=tmp_path)
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(SystemExit, match=f"another process is at work in {tmp_path}"):
+        eapo.lock_folder(run)
+    other.kill()
+    other.communicate()
+    eapo.lock_folder(run)
+    eapo.lock_folder(run)
+
+
 # ---- processes -----------------------------------------------------------------------------------
 
 def start(args, rule=has_odd_length, interrupt=0, at_call=0, processes=1, on=0,
@@ -3181,7 +3200,6 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path):
 def test_a_signal_that_was_ignored_stays_ignored(tmp_path, monkeypatch):
     """As SIGHUP is under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    monkeypatch.setattr(eapo, "make_folder", lambda run: None)
     monkeypatch.setitem(eapo.TASKS, "addition", toy_task(has_odd_length))
     run = eapo.open_run(parse([*SMALL, "--out", tmp_path / "run"]))
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
