@@ -16,8 +16,8 @@ H. Tokens drawn where it was unsure get a little more credit or blame, the other
 numbers are the paper's, except for (1), which it does not number. In the code a mean is a sum with
 weights that add up to 1: see `token_weights`.
 
-The letters, here and in the code. In shapes, n and m are some of the N rows, and M counts tokens
-taken from several rows.
+The letters, here and in the code. In shapes, n and m are some of the N rows, of a mini-batch and of
+a micro-batch, and M counts tokens taken from several rows.
 
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
     T      tokens of the longest response    V  vocabulary    D  size of a hidden state
@@ -89,14 +89,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 1. Settings. Each field of Config is also a flag of the command line. The defaults are those
-# of the paper's run of Qwen2.5-Math-7B (table 6). PRESETS says what other models change; the
-# command line applies it.
+# Part 1. Settings. Each field of Config is also a flag of the command line. But for the model, the
+# defaults are those of the paper's run of Qwen2.5-Math-7B (table 6). PRESETS says what other models
+# change, `tiny` among them; `parse_args` applies it.
 # --------------------------------------------------------------------------------------------------
 
-def flag(default, description, group=None):
+def flag(default, description, heading=None):
     """A field of Config: its default, its line in --help, and the heading that it opens there."""
-    return field(default=default, metadata={"help": description, "group": group})
+    return field(default=default, metadata={"help": description, "heading": heading})
 
 
 @dataclass
@@ -115,8 +115,7 @@ class Config:
     warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
                             "supervised warm-up before RL, for models that do not know the task")
     warmup_steps: int = flag(0, "optimizer steps, with 16 solutions each; 0: no warm-up")
-    warmup_learning_rate: float = flag(1e-5, "peak; the rate rises over the first 20 steps and "
-                                             "falls over the last 30%")
+    warmup_learning_rate: float = flag(1e-5, "reached after 20 steps; falls over the last 30%")
 
     steps: int = flag(220, "RL steps: each samples a batch, then learns from it", "the batch")
     prompts_per_step: int = flag(512, "groups to learn from in a step; fewer if --resample rounds "
@@ -138,8 +137,8 @@ class Config:
                                "is grpo with --resample 2 --overlong 0.2", "credit and loss")
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives grpo's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi; must be greater than alpha")
-    quadrants: str = flag("", "of PHR,PLR,NLR,NHR: credit only to tokens in these quadrants; the "
-                              "mean in (2) is still over all tokens")
+    quadrants: str = flag("", "of PHR,PLR,NLR,NHR (part 2): credit only to tokens in these "
+                              "quadrants; the mean in (2) is still over all tokens")
     without: str = flag("", "of PHR,PLR,NLR,NHR: tokens in these quadrants get A, the advantage "
                             "without the entropy term")
     clip_low: float = flag(0.2, "(2) eps_low")
@@ -156,8 +155,9 @@ class Config:
     eval_samples: int = flag(4, "responses per problem: the k of Avg@k and Pass@k")
     eval_temperature: float = flag(0.6, "sampling temperature in evaluations; 0: greedy")
     eval_top_p: float = flag(0.95, "--top-p in evaluations")
-    credit_problems: int = flag(0, "held-out problems in which true credit is measured, before "
-                                   "and after, with up to 1600 continuations each (part 8)")
+    credit_problems: int = flag(0, "held-out problems in which true credit is measured, at the "
+                                   "first and the last step, with at most 1600 continuations per "
+                                   "problem on average (part 8)")
     eval_only: bool = flag(False, "only evaluate, for instance with --model FOLDER/model")
 
     gpus: int = flag(0, "GPUs of this machine to use; 0: all", "the machine")
@@ -212,7 +212,7 @@ def group_advantages(rewards, group_size):
         A_i = (r_i - mean(r)) / (std(r) + 1e-6)        over the G responses to one prompt       (1)
 
     rewards (N,) -> advantages (N,); std divides by G - 1. The mean of the group stands in for a
-    learned value network. If all G rewards are equal, as where all responses are right, every
+    learned value network. If all G rewards are equal, as when all responses are right, every
     advantage is 0: such a group teaches nothing, and `collect_rollouts` keeps it out of the update.
     """
     r = rewards.reshape(-1, group_size)                                         # (B, G)
@@ -227,17 +227,17 @@ def entropy_mean_and_std(H, mask, group_size):
 
     H (N, T) in nats, mask (N, T) -> mu_H (N, 1), sigma_H (N, 1), the same in all rows of a group.
     Tokens are pooled over the group, so a long response weighs more than a short one. sigma_H
-    divides by n - 1 and has 1e-6 added, for a group whose tokens all have the same entropy.
+    divides by the tokens less 1, and has 1e-6 added for a group whose entropies are all the same.
     """
     B = len(H) // group_size
-    m = mask.reshape(B, -1)                                                     # (B, G * T)
-    h = H.reshape(B, -1).masked_fill(~m, 0)             # padding may hold anything, even nan
-    n = m.sum(dim=1, keepdim=True)                                              # (B, 1) tokens
-    mu = h.sum(dim=1, keepdim=True) / n.clamp(min=1)                            # (B, 1)
+    inside = mask.reshape(B, -1)                                                # (B, G * T)
+    pooled = H.reshape(B, -1).masked_fill(~inside, 0)   # padding may hold anything, even nan
+    tokens = inside.sum(dim=1, keepdim=True)                                    # (B, 1)
+    mu = pooled.sum(dim=1, keepdim=True) / tokens.clamp(min=1)                  # (B, 1)
 
-    deviation = (h - mu).masked_fill(~m, 0)                                     # (B, G * T)
+    deviation = (pooled - mu).masked_fill(~inside, 0)                           # (B, G * T)
     squares = deviation.square().sum(dim=1, keepdim=True)                       # (B, 1)
-    sigma = (squares / (n - 1).clamp(min=1)).sqrt() + 1e-6                      # (B, 1)
+    sigma = (squares / (tokens - 1).clamp(min=1)).sqrt() + 1e-6                 # (B, 1)
 
     mu = mu.repeat_interleave(group_size, dim=0)                                # (N, 1)
     sigma = sigma.repeat_interleave(group_size, dim=0)                          # (N, 1)
@@ -250,8 +250,10 @@ def entropy_score(A, H, mask, group_size, phi):
         score_t = clip((H_t - mu_H) / sigma_H, -|A| / phi, +|A| / phi)                          (6)
 
     A (N,), H (N, T), mask (N, T) -> (N, T), meaningless outside the mask. The bound grows with |A|,
-    so that (7), with alpha < phi, can refine an advantage but never outweigh it. The paper calls
-    this "dual clipping". It has nothing to do with the "dual clip" in `policy_loss`.
+    so that (7), with alpha < phi, can refine an advantage but never outweigh it. It is tight: where
+    half of 8 responses are right, |A| is .94, and whatever lies more than .47 standard deviations
+    from the mean has a score of +.47 or -.47. The paper calls this "dual clipping". It has nothing
+    to do with the "dual clip" in `policy_loss`.
     """
     mu, sigma = entropy_mean_and_std(H, mask, group_size)                       # (N, 1) both
     z = (H - mu) / sigma                                # (N, T), in standard deviations
@@ -270,8 +272,8 @@ def entropy_aware_advantages(A, H, mask, group_size, alpha, phi):
     1 + alpha/phi, which is 0.9 to 1.1 at the paper's numbers, so with alpha < phi no advantage can
     change its sign. alpha = 0 is GRPO.
     """
-    # No gradient may flow through the score: the policy would then earn by changing how unsure it
-    # is instead of what it answers. Our own H carries no gradient anyway, but a caller's may.
+    # No gradient may flow through the score: the policy could then lower the loss by changing how
+    # unsure it is instead of what it answers. Our H carries no gradient, but a caller's may.
     score = entropy_score(A, H, mask, group_size, phi).detach()                 # (N, T)
     shift = alpha * A.sign()[:, None] * score                                   # (N, T)
     shaped = A[:, None] + shift                                                 # (N, T)   (7)
@@ -315,13 +317,13 @@ def policy_loss(logp, old_logp, A, weight, clip_low, clip_high, clip_c):
     rho = (logp - old_logp).exp()                       # (N, T), about 1 on the first mini-batch
     rho_clipped = rho.clamp(1 - clip_low, 1 + clip_high)                        # (N, T)
 
-    # Once a good token is 1 + eps_high times as likely as when it was sampled, its gradient is 0,
-    # and so is a bad token's at 1 - eps_low. min keeps the gradient of a token that went the wrong
-    # way: a bad token that has become likelier is pushed back.
+    # A token that has moved far enough the right way has no gradient any more: one with A > 0 when
+    # rho > 1 + eps_high, one with A < 0 when rho < 1 - eps_low. min keeps the gradient of a token
+    # that went the wrong way: with A < 0 and rho = 1.5, it is pushed back.
     gain = torch.min(rho * A, rho_clipped * A)                                  # (N, T)   (2)
 
-    # If a bad token becomes much likelier, rho * A can fall without limit. The "dual clip" of PPO
-    # (Ye et al. 2020) stops it at c * A: beyond rho = c the gradient is 0.
+    # With A < 0 and a large rho, rho * A could fall without limit. The "dual clip" of PPO (Ye et
+    # al. 2020) stops it at c * A: beyond rho = c the gradient is 0.
     if clip_c > 0:
         gain = torch.where(A < 0, torch.maximum(gain, clip_c * A), gain)
     return -(gain * weight).sum()
@@ -384,25 +386,24 @@ def train(cfg):
         batch.credit = assign_credit(batch, cfg)                                # (N, T)   (7)
 
         # Update: one optimizer step on (2) for each mini-batch. A mini-batch may not fit in memory,
-        # so its gradient is summed over micro-batches, of which each process takes its share. FSDP
-        # averages gradients over processes, where we want the sum: hence `* world.size`.
+        # so its gradient is summed over micro-batches, of which each process takes its share. We
+        # want the sum over processes too, but FSDP averages: hence `* world.size`.
         world.begin("update")
         sums = Counter()        # over the optimizer steps, for the metrics
         for mini in mini_batches(run, batch):
             weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)    # (n, T)
             mini.weight = weight / weight.sum()         # all processes hold the whole mini-batch
-            for micro in micro_batches(run, mini):      # of this process
+            for micro in micro_batches(run, mini):      # this process's share
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                # Add a term of your own here, weighted by micro.weight. For a KL penalty, `score`
-                # the batch with a reference Policy before, into a new field of Batch.
+                # Add a term of your own here, weighted by micro.weight. For a KL penalty, open a
+                # second Policy as `open_run` does, and `score` the batch with it before the update,
+                # into a new field of Batch.
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
                 sums["loss"] += float(loss.detach())
-            # So that one rare large gradient does not undo the rest, cut its norm to 1, as usual.
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
-            sums["grad_norm"] += finite(world, norm)    # or the run ends
+            sums["grad_norm"] += clip_gradient(run)     # its norm, to 1
             sums["updates"] += 1
             run.optimizer.step()
             run.optimizer.zero_grad()
@@ -434,7 +435,7 @@ class Run:
     policy: object              # pi_theta, a Policy of part 5
     tokenizer: object
     stop_ids: list              # a response ends with one of these, the tokenizer's own first
-    sampler: object             # what samples: the policy's own model, or a copy that follows it
+    sampler: object             # what samples: the policy's own model, or a copy of it
     optimizer: object = None
     stream: object = None                               # the training problems, part 6
     eval_sets: dict = field(default_factory=dict)       # {name: problems}
@@ -448,7 +449,8 @@ class Run:
         return every > 0 and (step % every == 0 or step == self.cfg.steps)
 
     def lacks_evaluation(self):
-        """True at the start, and if the evaluation that was due at the last step was cut short."""
+        """True if the evaluation that is due at step `done` is missing: at the start, and when it
+        was cut short by a signal."""
         last = self.history[-1] if self.history else {}
         is_evaluated = any(key.startswith("eval/") for key in last)
         return self.is_due(self.done, self.cfg.eval_every) and not is_evaluated
@@ -463,8 +465,8 @@ class Run:
         self.history.append(row)
         if self.world.rank == 0:
             with open(f"{self.out}/metrics.jsonl", "a") as file:
-                file.write(json.dumps(self.history[-1]) + "\n")
-        if step < self.cfg.steps:       # at the end the model is saved first: close_run
+                file.write(json.dumps(row) + "\n")
+        if step < self.cfg.steps:       # else `close_run` draws the page, once the model is safe
             write_page(self)
 
 
@@ -473,8 +475,8 @@ def assign_credit(batch, cfg):
 
     To add a rule, write a function like those below and an entry in CREDIT_RULES. It finds
     `advantage` (N,), and `quadrant`, `old_logp`, `H` (N, T) and so on in the Batch, whose rows are
-    all of the step's responses, those of dropped groups too. What it returns outside the mask does
-    not matter. Tokens without credit still count in the mean.
+    all of the step's responses, those of dropped groups too (or, in part 8, some of an evaluation).
+    What it returns outside the mask does not matter. Tokens without credit count in the mean.
     """
     batch.quadrant = quadrants(batch.right, batch.H, batch.mask, cfg.group_size)
     credit = CREDIT_RULES[cfg.method](batch, cfg)                               # (N, T)
@@ -499,16 +501,15 @@ def eapo_credit(batch, cfg):
 
 
 def grpo_credit(batch, cfg):
-    """The same advantage for every token. The clips are DAPO's and there is no KL term, as always
-    here."""
+    """The same advantage for every token. Like all rules here, with DAPO's clips and no KL term."""
     return batch.advantage[:, None].expand(batch.H.shape)
 
 
 def forking_credit(batch, cfg):
     """Credit only where H is among the highest 20% of the step (Wang et al. 2025)."""
-    H = batch.H[batch.mask]
-    forks = math.ceil(len(H) / 5)
-    threshold = H.topk(forks).values[-1]
+    H = batch.H[batch.mask]                                                     # (tokens,)
+    highest = H.topk(math.ceil(len(H) / 5)).values
+    threshold = highest[-1]
     return batch.advantage[:, None].masked_fill(batch.H < threshold, 0)
 
 
@@ -624,7 +625,8 @@ def concatenate(batches):
 
 
 def collect_rollouts(run):
-    """Sample and mark until prompts_per_step groups are mixed -> all that was sampled.
+    """Sample and mark until prompts_per_step groups are mixed, or no round is left -> all that was
+    sampled, a Batch.
 
     A group whose responses are all right or all wrong teaches nothing: its advantages are 0 (or,
     with --overlong, about length alone). `kept` is False there and, while rounds are left, further
@@ -664,10 +666,9 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     seeds = [crc32(f"{cfg.seed} {name} {number}".encode()) for number, _ in mine]
     lm = fill_sampler(run)
     limits = [problem.limit or cfg.max_response_tokens for _, problem in mine]
-    most = samples * sum(limits)                        # tokens
     slots = slots_that_fit(lm, prompts, limits, samples, world.free_memory())
-    with world.bar(None, f"sampling, {name}", total=most, unit=" tokens", delay=3,
-                   leave=False) as bar:
+    with world.bar(None, f"sampling, {name}", total=samples * sum(limits), unit=" tokens",
+                   delay=3, leave=False) as bar:
         def keep_on(tokens):
             bar.update(tokens)
             return not world.signalled
@@ -676,8 +677,10 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     run.stopped = any(world.gather(world.signalled))
     if run.stopped:
         return None
-    if world.bf16 or name == "train":
-        compare_with_policy(run, batch, temperature)
+    # In bf16, old_logp and H must be the policy's (though for "credit" nobody needs them). In fp32
+    # the sampler's will do, and training compares one response.
+    if name == "train" or (world.bf16 and name != "credit"):
+        rescore(run, batch, temperature)
     world.begin("other")
 
     each = [pair for pair in mine for _ in range(samples)]          # one per response
@@ -687,12 +690,12 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     return batch.rows(batch.number.argsort(stable=True))
 
 
-def compare_with_policy(run, batch, temperature):
+def rescore(run, batch, temperature):
     """Set `gap` and, if the sampler computes in bf16, replace its old_logp and H by the policy's.
 
-    The loss compares pi_theta with pi_old, so both must come from the same computation, and a bf16
-    copy with a KV cache rounds differently from the policy. In fp32 the two should agree; the gap
-    is measured on the longest response, where they would differ first.
+    rho needs log-probabilities of pi_theta and pi_old from the same computation, and a bf16 copy
+    with a KV cache rounds differently from the policy. In fp32 the two should agree. Whether they
+    do is measured on the longest response of each process, where a gap would show first.
     """
     by_length = batch.response_len.argsort(descending=True, stable=True)
     rows = by_length if run.world.bf16 else by_length[:1]       # all, or the longest alone
@@ -738,8 +741,8 @@ def score(policy, world, batch, temperature):
     """log-probability of a batch's response tokens and H, under a Policy.  -> (N, T) both"""
     world.begin("score")
     pieces = micro_batch_rows(batch.prompt_len + batch.response_len, world.microbatch_tokens)
-    most = max(world.gather(len(pieces)))               # under FSDP all run the model equally often
-    pieces += [torch.arange(0)] * (most - len(pieces))
+    rounds = max(world.gather(len(pieces)))             # under FSDP all run the model equally often
+    pieces += [torch.arange(0)] * (rounds - len(pieces))
     all_logp = torch.zeros(batch.mask.shape)
     all_H = torch.zeros(batch.mask.shape)
     for rows in pieces:
@@ -767,12 +770,13 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
              slots_at_most=512, keep_on=None):
     """G responses to each prompt -> a Batch of N rows with old_logp, H and ended.
 
-    limits: how many tokens a response to each prompt may have. keep_on: called with the number of
-    new tokens after every decode step; if it returns False, generation stops early.
+    limits: how many tokens a response to each prompt may have. seeds: one for each prompt.
+    slots_at_most: what fits in memory, see `slots_that_fit`. keep_on: called with the number of new
+    tokens after every decode step; if it returns False, generation stops early.
 
-    A token is drawn with a random number that depends, for a given G, on its prompt's seed, its try
-    and its place alone. So, up to rounding, responses depend neither on the number of slots or
-    processes nor on one another.
+    The random number that draws a token depends, for a given G, only on the seed of its prompt, on
+    which of the G responses it is in, and on its place there. So, up to rounding, responses depend
+    neither on the number of slots or processes nor on one another.
     """
     device = lm.device
     G = group_size
@@ -782,33 +786,35 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     max_tokens = max(limits, default=0)
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
-    # What is kept of each response. Idle slots are computed with the others, which is simpler than
-    # taking them out: what they write goes to row N, and is thrown away.
+    # What is kept of each response, in rows 0 to N - 1. A slot that has none for the moment is
+    # computed all the same, and what it writes goes to row N, and is thrown away.
     tokens = torch.zeros(N + 1, max_tokens, dtype=torch.long, device=device)
     logp = torch.zeros(N + 1, max_tokens, device=device)
     H = torch.zeros(N + 1, max_tokens, device=device)
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
-    last = [len(prompt) - 1 for prompt in prompts]      # position of the last prompt token
-    # Row N looks like a response of limit 1 to a prompt of one token: an idle slot writes one token
+
+    # What is given for each: its limit, the position of its last prompt token, and random numbers.
+    # Row N looks like a response of at most 1 token to a prompt of 1 token. So an idle slot writes
     # at position 0 of its cache, is over, and is idle again.
-    limit = torch.tensor([*limits, 1], device=device).repeat_interleave(G)
-    last = torch.tensor([*last, 0], device=device).repeat_interleave(G)
-    u = torch.zeros(N + 1, max_tokens)                                          # random numbers
-    for rows, seed in zip(u.split(G), seeds):
+    limit = torch.tensor([n for n in limits for _ in range(G)] + [1], device=device)
+    last = torch.tensor([len(p) - 1 for p in prompts for _ in range(G)] + [0], device=device)
+    u = torch.zeros(N + 1, max_tokens)
+    for i, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        # Drawn as (tokens, tries), so that a larger max_tokens only appends rows.
-        rows.copy_(torch.rand(max_tokens, G, generator=generator).T)
+        # Drawn as (tokens, G), so that a larger max_tokens only appends rows.
+        u[i * G:(i + 1) * G] = torch.rand(max_tokens, G, generator=generator).T
     u = u.to(device)
 
     # What each slot is doing.
-    row = torch.full((slots,), N, device=device)        # the row above that it fills; N: idle
+    row = torch.full((slots,), N, device=device)        # which row it fills; N: it is idle
     newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next
     cache = transformers.Cache(layers=[])
 
     waiting = list(range(len(prompts)))
     while waiting or (row < N).any():
-        # Prefill, which computes no logits: the first decode step reads the last prompt token once
-        # more and writes the same key and value again. So one line below draws every token.
+        # Prefill fills the cache, and computes no logits. Those of the first response token come
+        # from the first decode step, which reads the last prompt token once more, and writes its
+        # key and value again. So one line below draws every token.
         free = (row == N).nonzero()[:, 0]
         at_once = max(1, 16384 // room)                 # bounds the memory that reading takes
         n = min(len(free) // G, len(waiting), at_once)
@@ -820,16 +826,16 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
                 row[group] = i * G + torch.arange(G, device=device)
                 newest[group] = prompts[i][-1]
 
-        # When nothing waits any more, give up idle slots. It copies the cache, so only when a fifth
-        # of them are idle.
+        # When no prompt waits any more, give up idle slots. That copies the cache, so not before a
+        # fifth of them are idle.
         busy = (row < N).nonzero()[:, 0]
         if not waiting and len(busy) <= 0.8 * len(row):
             row = row[busy]
             newest = newest[busy]
             cache.batch_select_indices(busy)
 
-        # Decode: one more token in every slot. (On a GPU, most of this time goes into launching
-        # kernels one by one. A CUDA graph would belong here, with `width` fixed.)
+        # Decode: one more token in every slot. (On a GPU, launching kernels one by one takes most
+        # of this time. A CUDA graph would belong here, with `width` fixed.)
         t = length[row]                                 # how many tokens the rows have so far
         position = last[row] + t                        # where `newest` belongs in its slot
         width = int(position.max()) + 1                 # no slot in use is filled further
@@ -846,8 +852,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         length[N] = 0                                   # or idle slots would move on
 
         newest = token
-        over = torch.isin(token, stop) | (t + 1 == limit[row])
-        row = row.masked_fill(over, N)
+        finished = torch.isin(token, stop) | (t + 1 == limit[row])
+        row = row.masked_fill(finished, N)
         if keep_on and not keep_on(len(busy)):
             break
 
@@ -888,8 +894,8 @@ class SlotLayer(transformers.cache_utils.DynamicLayer):
         return self.keys[:, :, :self.width], self.values[:, :, :self.width]
 
 
-def prefill(lm, prompts, group_size, cache, to, slots, room):
-    """Read n prompts, each once, and copy its keys and values into G slots of `to`, (n * G,)."""
+def prefill(lm, prompts, group_size, cache, into, slots, room):
+    """Read n prompts, each once, and copy its keys and values into G slots of `into`, (n * G,)."""
     # Padded on the right, and no mask: attention is causal, so no token sees the padding that
     # follows it, and decode steps write over the padding before a later token may look there.
     rows = [torch.tensor(prompt) for prompt in prompts]
@@ -900,8 +906,8 @@ def prefill(lm, prompts, group_size, cache, to, slots, room):
         cache.layers = [SlotLayer(layer, slots, room) for layer in read.layers]
     P = ids.shape[1]
     for mine, theirs in zip(cache.layers, read.layers):
-        mine.keys[to, :, :P] = theirs.keys.repeat_interleave(group_size, dim=0)
-        mine.values[to, :, :P] = theirs.values.repeat_interleave(group_size, dim=0)
+        mine.keys[into, :, :P] = theirs.keys.repeat_interleave(group_size, dim=0)
+        mine.values[into, :, :P] = theirs.values.repeat_interleave(group_size, dim=0)
 
 
 def decode_mask(config, position, width):
@@ -924,7 +930,7 @@ def decode_mask(config, position, width):
 
 
 def slots_that_fit(lm, prompts, limits, group_size, free_bytes):
-    """How many slots, each with its KV cache and logits, fit into 4/5 of the memory."""
+    """How many slots, with their KV cache and logits, fit into 4/5 of the memory; at most 512."""
     config = lm.config
     room = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=1)  # tokens
     heads = config.num_attention_heads
@@ -974,6 +980,7 @@ def log_prob_and_entropy(logits, tokens, temperature):
     logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all come here,
     for the same formula. Temperature 0, which draws greedily, counts as 1. top_p plays no part:
     tokens are drawn from a truncated pi, but pi_old and rho refer to the whole of it, as in verl.
+    (On GPUs the logits that come in are products in bf16.)
     """
     if temperature == 0:
         temperature = 1.0
@@ -1007,16 +1014,17 @@ class Policy(torch.nn.Module):
         # left predicts it. Only these states go through the head.
         row, t = mask.nonzero(as_tuple=True)                                    # (M,) both
         place = batch.prompt_len[row] + t                                       # (M,)
+        tokens = ids[row, place]                                                # (M,)
+        before = hidden[row, place - 1]                                         # (M, D)
         head = self.lm.get_output_embeddings().weight                           # (V, D)
-        logp, H = log_prob_and_entropy_in_chunks(
-            hidden[row, place - 1], head, ids[row, place], temperature)
+        logp, H = log_prob_and_entropy_in_chunks(before, head, tokens, temperature)
 
         outside = torch.zeros(mask.shape, device=ids.device)                    # (N, T)
         return outside.index_put((row, t), logp), outside.index_put((row, t), H)
 
 
-# How many logits at a time: 128 MB in fp32, and 1 GB on GPUs. There the chunks' gradients of the
-# head are added up in bf16, and every addition rounds, so we want few chunks.
+# How many fp32 logits at a time: 128 MB of them on a CPU, 1 GB on a GPU. There the gradients that
+# the chunks give the head are added up in bf16, and every addition rounds, so we want few chunks.
 LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 25
 
 
@@ -1061,16 +1069,16 @@ def mini_batches(run, batch):
 def micro_batches(run, batch):
     """This process's rows of a batch, in pieces that fit in memory, on the device that computes.
 
-    All processes must run the model equally often, and each round lasts as long as its largest
-    piece. (A round is one piece on each process.) So all rows are sorted by length, cut into
-    pieces, and dealt out in turn: the pieces of a round are about equally large. In the last round
-    some may be empty.
+    In each round every process runs one piece, and the round lasts as long as its largest piece.
+    So all rows are sorted by length, cut into pieces, and dealt out in turn: the pieces of a round
+    are about equally large. In the last round some may be empty.
     """
     world = run.world
     tokens = world.microbatch_tokens
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, tokens)
-    # Shrink the pieces as long as the number of rounds stays the same: that evens out the work.
+    # With 5 pieces for 3 processes, one would be idle in the second round. So make the pieces
+    # smaller, as long as the number of rounds stays the same.
     rounds = math.ceil(len(pieces) / world.size)
     while world.size > 1 and tokens > lengths.max():
         tokens = int(0.9 * tokens)
@@ -1099,11 +1107,15 @@ def micro_batch_rows(lengths, tokens):
     return pieces
 
 
-def finite(world, norm):
-    """The norm of the gradient as a number; nan or infinity ends the run before it does harm."""
-    norm = float(world.whole(norm))
-    require(math.isfinite(norm), f"the gradient is {norm}, and the step was not taken. Look at "
-            "--learning-rate and at the last lines of metrics.jsonl")
+def clip_gradient(run):
+    """Scale the gradient down to a norm of 1, so that a rare large one does not undo the rest.
+
+    -> its norm before that. If it is nan or infinite, the run ends before it does harm.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), max_norm=1.0)
+    norm = float(run.world.whole(norm))
+    require(math.isfinite(norm), f"the gradient is {norm}, and the step was not taken: try a lower "
+            "learning rate, and look at the last lines of metrics.jsonl")
     return norm
 
 
@@ -1135,8 +1147,7 @@ def warm_up(run):
             loss = -(logp * (micro.mask / total)).sum()
             (loss * world.size).backward()
             loss_sum += float(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), max_norm=1.0)
-        finite(world, norm)
+        clip_gradient(run)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -1147,7 +1158,7 @@ def warm_up(run):
 
 def solution_batch(run, problems):
     """The prompts of problems, each followed by its worked solution and the stop token: a Batch."""
-    worked = [problem.solution for problem in problems]
+    worked = [str(problem.solution) for problem in problems]
     rows = run.tokenizer(worked, add_special_tokens=False).input_ids
     solutions = [(ids + run.stop_ids[:1])[:run.cfg.max_response_tokens] for ids in rows]
     return make_batch([problem.ids for problem in problems], solutions)
@@ -1161,8 +1172,8 @@ def new_optimizer(run, learning_rate, beta2):
 def tiny_model(seed):
     """A Llama of 0.1M parameters with random weights, and its tokenizer.  -> lm, tokenizer
 
-    The tokenizer's vocabulary is single characters and \\boxed{. Its chat template writes a problem
-    as it is. The letters are for the task `chatter`.
+    The tokenizer's vocabulary is single characters and \\boxed{. Its chat template adds nothing to
+    the problem. The letters are for the task `chatter`.
     """
     # GPT-2's tokenizer without merges leaves every character by itself; it writes a space as Ġ.
     pieces = ["<pad>", "<eos>", "<unk>", *"0123456789+=Ġ}", "\\boxed{", *LETTERS]
@@ -1203,13 +1214,14 @@ LETTERS = "abcdefghijklmnop"
 
 
 def column_addition(a, b, rng, letters):
-    """A worked solution by someone who has not understood carrying, for example for 5170 + 6749:
+    """A worked solution by someone who has not understood carrying. For 5170 + 6749 for example
 
-        9+0=9 7+4=11 1+7=8 5+6=11 \\boxed{11819}        and with the carry  .. 7+4=11 1+7+1=9 ..
+        9+0=9 7+4=11 1+7=8 5+6=11 \\boxed{11819}
 
-    Columns run from the right. Whether to write +1 or = is a decision that makes the answer right
-    or wrong; which digit of a column comes first is one that does not matter; everything else is
-    routine. letters: how many letters without meaning follow each column.
+    where the third column forgets the carry, 1+7+1=9. Columns run from the right. Whether to write
+    +1 or = is a decision that makes the answer right or wrong; which digit of a column comes first
+    is one that does not matter; everything else is routine. letters: how many letters without
+    meaning follow each column.
     """
     columns = []
     result = ""
@@ -1224,7 +1236,8 @@ def column_addition(a, b, rng, letters):
         babble = rng.choices(LETTERS, k=letters)
         columns.append(f"{x}+{y}{plus_one}={total}" + "".join(babble))
         result = str(total % 10) + result
-    return " ".join(columns) + f" \\boxed{{{total}{result[1:]}}}"
+    result = str(total) + result[1:]                    # the last column's sum stands whole
+    return " ".join(columns) + f" \\boxed{{{result}}}"
 
 
 def addition(split, letters=0):
@@ -1297,15 +1310,14 @@ def addition_kinds(tokens):
     """
     kinds = []
     column = 0
-    place = 0                   # in the column
-    after_digits = 3            # and their +
+    place = 0                   # in the column, which begins with x + y: places 0, 1, 2
     for token in tokens:
         kind = "rest"
         if token.isalpha():
             kind = "letter"
         elif place == 0 and token.isdigit():
             kind = "order"
-        elif place == after_digits and column > 0 and token in ("+", "="):
+        elif place == 3 and column > 0 and token in ("+", "="):
             kind = "carry"
         kinds.append(kind)
         place += 1
@@ -1315,9 +1327,10 @@ def addition_kinds(tokens):
     return kinds
 
 
-# The tasks that are made here. One of your own is a function like `addition` and an entry: its
-# problems bring their worked solutions for the warm-up and, if the verifier does not suit them, a
-# check of their own. The tiny model knows only the characters in `tiny_model`.
+# The built-in tasks. To add one, write a function like `addition`, which makes the problems of a
+# split, "train", "eval" or "warmup", with worked solutions for the last, and enter it here. If the
+# verifier does not suit, give its problems a check of their own. The tiny model knows only the
+# characters in `tiny_model`.
 TASKS = {"addition": addition, "chatter": chatter, "words": word_problems}
 KINDS = {"addition": addition_kinds, "chatter": addition_kinds}     # for the table of part 8
 
@@ -1325,7 +1338,7 @@ KINDS = {"addition": addition_kinds, "chatter": addition_kinds}     # for the ta
 def load_problems(run, source, split):
     """The problems of a task, a file or a hub data set, with their prompts as tokens.
 
-    split: train, eval, or warmup, whose problems have a solution instead of an answer.
+    split: train, eval, or warmup, which needs a worked solution of each, and no answer.
     """
     if source in TASKS:
         problems = TASKS[source](split)
@@ -1417,37 +1430,37 @@ def evaluate(run, step):
         batch = sample_and_mark(run, numbered, name, k, cfg.eval_temperature, cfg.eval_top_p)
         if run.stopped:
             return {}
-        scores = eval_metrics(batch, k, every_k=cfg.eval_only)
+        scores = eval_metrics(batch, k, smaller=cfg.eval_only)
         metrics |= {f"eval/{name}/{key}": x for key, x in scores.items()}
         print_evaluation(run, step, name, problems, batch, scores)
         write_responses(run, step, name, problems, batch)
         if name == list(run.eval_sets)[0]:
             if step == 0:
                 warn_of_long_steps(run, int(batch.response_len.sum()))
-            metrics |= look_closely(run, step, name, problems, batch)
+            metrics |= inspect_problems(run, step, name, problems, batch)
         if run.stopped:
             return {}
     empty_sampler(run)
     return metrics
 
 
-def eval_metrics(batch, k, every_k):
+def eval_metrics(batch, k, smaller):
     """Avg@k and Pass@k of k responses per problem, with 95% intervals; entropy, lengths.  -> dict
 
         Pass@k = mean over problems of `pass_at_k`                                              (8)
         Avg@k  = mean over problems of c / k, with c of the k responses right                   (9)
 
-    every_k: Pass@1, 2, 4 and so on, too. Entropy is in nats at the evaluation's temperature.
+    smaller: Pass@1, 2, 4 and so on, too. Entropy is in nats at the evaluation's temperature.
     """
     c = batch.right.reshape(-1, k).sum(dim=1)                                   # (problems,)
     avg = c / k
     scores = {f"avg@{k}": avg.mean()}
     scores["avg_low"], scores["avg_high"] = interval(avg)
 
-    ks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] if every_k else []
+    ks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] if smaller else []
     ks = [j for j in ks if j < k] + [k]
     for j in ks:
-        passes = torch.tensor([pass_at_k(n=k, c=right, k=j) for right in c.tolist()])
+        passes = torch.tensor([pass_at_k(n=k, c=count, k=j) for count in c.tolist()])
         scores[f"pass@{j}"] = passes.mean()
     scores["pass_low"], scores["pass_high"] = interval(passes)      # of the last j, which is k
 
@@ -1470,8 +1483,8 @@ def interval(values):
     """The 95% interval of a mean over problems, by bootstrap.  (problems,) -> (2,)"""
     n = len(values)
     if values.min() == values.max():
-        # All samples of a bootstrap would be the same. By the rule of three, a share that n
-        # problems did not show may still be 3 / n.
+        # All samples of a bootstrap would be the same, as if the mean were certain. By the rule of
+        # three, what was never seen in n problems may still have a share of up to 3 / n.
         mean = float(values[0])
         return torch.tensor([max(0.0, mean - 3 / n), min(1.0, mean + 3 / n)])
     generator = torch.Generator().manual_seed(0)
@@ -1491,8 +1504,8 @@ def measure(run, batch, sums):
         sampler_gap                 mean |log pi_sampler - log pi_policy|, nats, where measured
         seconds, seconds_PHASE, tokens_per_second           of the step without its evaluation
         peak_memory_bytes           of this GPU
-        tokens/Q, advantage/Q       share of quadrant Q in the tokens learned from, and in the sum
-                                    of their |credit|
+        tokens/Q                    share of quadrant Q in the tokens learned from
+        advantage/Q                 share of quadrant Q in the sum of their |credit|
     """
     world = run.world
     world.begin("other")
@@ -1534,22 +1547,24 @@ def measure(run, batch, sums):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 8. Credit, measured. The paper proves that entropy bounds what a token can tell about the
-# verdict r: I(o_t; r | s_t) <= H_t (Proposition 1). Where sampling is cheap, I can be measured:
-# stop before a token, try each likely token in its place, and finish the response many times.
+# Part 8. Credit, measured. The paper proves that entropy bounds what a token can tell about whether
+# the response will be right: I(o_t; r | s_t) <= H_t (Proposition 1). Where sampling is cheap, I can
+# be measured: stop before a token, put each likely token in its place, and finish the response many
+# times. I says how much a token decided; the true advantage says for better or for worse, and it is
+# what the credit of a rule should resemble.
 # --------------------------------------------------------------------------------------------------
 
-class Pair(NamedTuple):
-    """Something to continue: a prefix s of a response to a problem, and a likely next token v."""
+class Branch(NamedTuple):
+    """A prefix s of a response to a problem, and one of the likely next tokens v."""
     number: int                 # of the problem
     tokens: tuple               # s, and then v
 
 
 class Decision(NamedTuple):
     """A place in a response where more than one token was likely."""
-    t: int                      # the place
-    drawn: Pair                 # with the token that was drawn
-    pi: dict                    # {Pair: pi(v)} of all likely tokens
+    t: int                      # which token of the response it is
+    drawn: Branch               # the branch that the response took
+    pi: dict                    # {Branch: pi(v)} of all likely tokens
 
 
 def true_credit(run, batch, problems, budget, n=16):
@@ -1560,36 +1575,35 @@ def true_credit(run, batch, problems, budget, n=16):
         true advantage = V(s, o) - V(s)             of the token o that was drawn
 
     s is a prefix, v a likely next token, V(s, v) the share of n continuations that are right, drawn
-    at the temperature of evaluations from the whole policy (top_p 1). At most `budget` pairs (s, v)
-    are continued: responses are taken in order, and one that would exceed the budget stays nan.
-
-    Unlike the credit of a rule, I has no sign; what a rule should resemble is the true advantage.
+    at the temperature of evaluations from the whole policy (top_p 1). At most `budget` branches are
+    continued: responses are taken in order, and one that would exceed the budget stays nan.
     """
-    # 1. Find the pairs. Responses begin alike, and a pair that several share is continued once.
+    # 1. Find the branches. Responses begin alike, and what several share is continued once.
     decisions = {}                                      # {i: [Decision, ...]} of measured responses
-    needed = {}                                         # an ordered set: {Pair: None}
+    branches = {}                                       # an ordered set: {Branch: None}
     for i in range(len(batch.ids)):
         # Rounding may differ between GPUs, so all processes take what the first finds.
         found = run.world.gather(find_decisions(run, batch, i))[0]
-        more = dict(needed)
+        more = dict(branches)
         for decision in found:
             more |= dict.fromkeys(decision.pi)
         if len(more) <= budget:
-            needed = more
+            branches = more
             decisions[i] = found
 
     # 2. Continue them.
-    run.world.print(f"measuring what each token was worth: {n * len(needed)} continuations")
-    rests = [rest_of(run, problems[pair.number], list(pair.tokens)) for pair in needed]
+    run.world.print(f"measuring what each token was worth: {n * len(branches)} continuations")
+    rests = [rest_of(run, problems[branch.number], list(branch.tokens)) for branch in branches]
     numbered = list(enumerate(rests))
-    tries = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
+    batch_of_rests = sample_and_mark(
+        run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
     if run.stopped:
         return
-    right = tries.right.reshape(-1, n).float()                                  # (pairs, n)
-    value = dict(zip(needed, right.mean(dim=1)))        # V(s, v)
+    right = batch_of_rests.right.reshape(-1, n).float()                         # (branches, n)
+    value = dict(zip(branches, right.mean(dim=1)))      # V(s, v)
 
-    # 3. Apply the formulas. V is constant between decisions. Fill it from the right: start with the
-    # verdict, then let each decision overwrite everything up to its own place.
+    # 3. Apply the formulas, from right to left. After the last decision, V is the verdict. Before
+    # it, V is what it is at the next decision: nothing changes in between.
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -1600,7 +1614,7 @@ def true_credit(run, batch, problems, budget, n=16):
         for decision in reversed(found):
             t = decision.t
             pi = torch.tensor(list(decision.pi.values()))                       # (likely tokens,)
-            values = torch.stack([value[pair] for pair in decision.pi])
+            values = torch.stack([value[branch] for branch in decision.pi])
             V, I = value_and_information(pi, values, n)
             batch.V[i, :t + 1] = V
             batch.I[i, t] = I
@@ -1619,7 +1633,7 @@ def find_decisions(run, batch, i):
     number = int(row.number)
     start = int(row.prompt_len)
     logits = lm(row.ids).logits[0, start - 1:-1].float()                        # (T, V)
-    p = (logits / run.cfg.eval_temperature).softmax(dim=-1)
+    p = (logits / run.cfg.eval_temperature).softmax(dim=-1).cpu()
     top = p.topk(4).indices.tolist()                                            # (T, 4) tokens
     found = []
     s = ()
@@ -1628,10 +1642,10 @@ def find_decisions(run, batch, i):
         total = sum(float(p[t, v]) for v in likely)
         pi = {}
         for v in sorted(likely):
-            pi[Pair(number, (*s, v))] = float(p[t, v]) / total
+            pi[Branch(number, (*s, v))] = float(p[t, v]) / total
         s = (*s, o)
         if len(pi) > 1:
-            found.append(Decision(t, Pair(number, s), pi))
+            found.append(Decision(t, Branch(number, s), pi))
     return found
 
 
@@ -1639,13 +1653,14 @@ def rest_of(run, problem, begun):
     """The problem of finishing a response that begins with these tokens."""
     text = run.tokenizer.decode(begun, skip_special_tokens=True)
     left = (problem.limit or run.cfg.max_response_tokens) - len(begun)
-    over = begun[-1] in run.stop_ids or left <= 0       # one token is sampled then, and ignored
+    is_complete = begun[-1] in run.stop_ids or left <= 0
 
     def check(rest, answer):
         check_all = problem.check or is_correct
-        return check_all(text if over else text + rest, answer)
+        return check_all(text if is_complete else text + rest, answer)
+    # After a complete response one token is sampled, and ignored.
     return Problem(problem.problem, problem.answer, check=check, ids=problem.ids + begun,
-                   limit=1 if over else left)
+                   limit=1 if is_complete else left)
 
 
 def value_and_information(pi, values, n):
@@ -1654,10 +1669,10 @@ def value_and_information(pi, values, n):
     pi, values: one number per token; a value is a mean over n continuations.
     """
     def h(x, variance):
-        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)): we
-        # add that. Otherwise each h(V(s, v)), estimated from n samples, would be about 1 / (2 n)
-        # too low. V(s) pools more samples, so h(V(s)) would be too low by less, and I too high.
-        # Where V is near 0 or 1, an error of up to .3 / n remains. An estimate of I may be below 0.
+        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). Add
+        # that: else h of V(s, v) would be 1 / (2 n) too low, and h of V(s), which pools more
+        # samples, less, which would make I too high. What remains is noise, which can make an I
+        # negative, and where V is near 0 or 1 an error of up to .3 / n.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
@@ -1668,18 +1683,16 @@ def value_and_information(pi, values, n):
     return V, doubt_before - doubt_after
 
 
-def look_closely(run, step, name, problems, batch):
+def inspect_problems(run, step, name, problems, batch):
     """Show a problem on the page; at both ends of the run, measure credit in a few -> metrics"""
     cfg = run.cfg
     k = cfg.eval_samples
     # The first evaluation chooses the problems: most is decided where half of the tries are right.
     if not run.page:
-        share = batch.right.reshape(-1, k).float().mean(dim=1)                  # (problems,)
-        order = (share - 0.5).abs().argsort(stable=True)
         run.page["set"] = name
-        run.page["problems"] = order[:max(1, cfg.credit_problems)].tolist()
-    chosen = torch.tensor(run.page["problems"])
-    few = batch.rows(torch.isin(batch.number, chosen))
+        run.page["problems"] = by_doubt(batch, k)[:max(1, cfg.credit_problems)]
+    rows = [(batch.number == number).nonzero()[:, 0] for number in run.page["problems"]]
+    few = batch.rows(torch.cat(rows))                   # the problem that is shown comes first
     few.advantage = torch.zeros(len(few.ids))           # of a single response, which has no group
     if k > 1:
         few.advantage = group_advantages(few.reward, k)
@@ -1690,9 +1703,14 @@ def look_closely(run, step, name, problems, batch):
         if run.stopped:
             return {}
         metrics = credit_by_kind(run, name, few) | credit_by_rule(run, few)
-    first = int(chosen[0])
-    show_responses(run, step, problems[first], few.rows(few.number == first))
+    show_responses(run, step, problems[run.page["problems"][0]], few.rows(slice(0, k)))
     return metrics
+
+
+def by_doubt(batch, k):
+    """The numbers of the problems, those first of which about half of the k responses are right."""
+    share = batch.right.reshape(-1, k).float().mean(dim=1)                      # (problems,)
+    return (share - 0.5).abs().argsort(stable=True).tolist()
 
 
 def credit_by_kind(run, name, batch):
@@ -1702,6 +1720,8 @@ def credit_by_kind(run, name, batch):
     """
     batch = batch.rows(batch.I[:, 0].isfinite())        # the responses that were measured
     n = len(batch.ids)
+    if n == 0:
+        return {}
     kinds_of = KINDS.get(name, lambda tokens: ["all"] * len(tokens))
     kinds = []                                          # one for each of their tokens
     for i in range(n):
@@ -1713,7 +1733,7 @@ def credit_by_kind(run, name, batch):
     run.world.print(f"true credit in {n} responses to problems that the first evaluation solved\n"
                     "about half of the time: share of tokens, H and I in nats per response\n"
                     f"  {'kind':10}     share         H         I       I/H")
-    for kind in dict.fromkeys(kinds + ["all"] if kinds else []):
+    for kind in dict.fromkeys([*kinds, "all"]):
         here = torch.tensor([kind in (k, "all") for k in kinds])                # (tokens,)
         row = {"tokens": here.float().mean()}
         row["H"] = H[here].sum() / n
@@ -1738,9 +1758,8 @@ def credit_by_rule(run, batch):
     for method in CREDIT_RULES:
         cfg.method = method
         credits[method] = assign_credit(batch, cfg)
-    cfg.alpha = 1.9             # nearly as much as (7) allows
-    cfg.phi = 2.0
-    credits["eapo alpha 1.9"] = eapo_credit(batch, cfg)
+    strong = replace(cfg, alpha=1.9, phi=2.0)           # nearly as much as (7) allows
+    credits["eapo alpha 1.9"] = eapo_credit(batch, strong)
 
     metrics = {}
     run.world.print("  cosine of the credit of a rule with the true advantage, which is what a\n"
@@ -2301,8 +2320,8 @@ def problems_from_rows(source, rows, wanted):
         else:
             problem.answer = gold_answer(value, where)
             text = str(problem.answer)
-            is_prose = extract_answer(text) is None and len(text.split()) > 5
-            if columns[wanted] == "solution" and is_prose:      # the verifier finds no answer there
+            has_answer = len(text.split()) <= 5 or extract_answer(text) is not None
+            if columns[wanted] == "solution" and not has_answer:
                 continue
         problems.append(problem)
     require(problems, f"{source}: no solution holds an answer in \\boxed{{}}")
@@ -2310,7 +2329,7 @@ def problems_from_rows(source, rows, wanted):
 
 
 def plain_row(row, where):
-    """A row with the names of its columns in lower case, and without verl's nesting."""
+    """A row with the names of its columns in lower case, and those in verl's reward_model too."""
     require(isinstance(row, dict), f"{where}: not an object")
     require(None not in row, f"{where}: not as many values as columns. Put quotes around a value "
             "that holds a comma or a new line")
@@ -2377,7 +2396,7 @@ def read_data_set(source, split):
     validation for evaluation, else train.
     """
     name, *parts = source.split(":")
-    if os.path.exists(source):                          # a folder with a colon, as on Windows
+    if os.path.exists(source):                          # the path itself has a colon, as C:\\data
         name = source
         parts = []
     saved = [os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")]
@@ -2385,7 +2404,7 @@ def read_data_set(source, split):
         splits = datasets.load_from_disk(name)
     else:
         config = None
-        if len(parts) > 1 or parts and parts[0] in datasets.get_dataset_config_names(name):
+        if len(parts) > 1 or (parts and parts[0] in datasets.get_dataset_config_names(name)):
             config = parts.pop(0)
         splits = datasets.load_dataset(name, config)
     if isinstance(splits, datasets.Dataset):
@@ -2401,50 +2420,13 @@ def read_data_set(source, split):
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix C. The machine: processes and GPUs, opening a run, checkpoints, errors in one line.
+# Appendix C. The machine: processes and GPUs, checkpoints, opening a run, errors in one line.
 #
 #                           weights and moments  matrix products in  samples from  H from
 # one process, CPU or tiny  whole, fp32          fp32                the policy    the sampler
 # several CPU processes     parts, fp32 (FSDP2)  fp32                a fp32 copy   the sampler
 # GPUs, one process each    parts, fp32 (FSDP2)  bf16                a bf16 copy   the policy
 # --------------------------------------------------------------------------------------------------
-
-def require(condition, message):
-    """End the program with one line that says what is wrong and how to fix it."""
-    if not condition:
-        raise SystemExit(f"eapo: {message}")
-
-
-@contextlib.contextmanager
-def one_line_errors(source):
-    """Turn what goes wrong with a file, a model, a disk or the network into one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (Exception, dcp.CheckpointException) as error:       # the latter is a BaseException
-        message = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
-        remedies = [remedy for sign, remedy in REMEDIES.items() if sign in message]
-        message = " ".join(message.split())
-        if len(message) > 400:
-            message = f"{message[:200]} .. {message[-200:]}"
-        if remedies:
-            message = f"{remedies[0]} ({message})"
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        if not isinstance(error, OSError):
-            message += f" [{os.path.basename(place.filename)}, line {place.lineno}]"
-        raise SystemExit(f"eapo: cannot use {source}: {message}") from error
-
-
-REMEDIES = {        # what an error of a library says, and what to do then
-    "header too large": "are the weights there, or do they wait for `git lfs pull`?",
-    "quantiz": "quantized weights cannot be trained: take the original model",
-    "Unrecognized model": "an adapter (LoRA) must be merged into its base model first",
-    "custom code": "code that comes with a model is never run here",
-    "No space left": "make room on the disk",
-    "Couldn't reach": "there is no such file, folder or task, and no connection to the hub",
-}
-
 
 class Bar(tqdm):
     """A progress bar that stops silently when its output is closed: see World.print."""
@@ -2460,7 +2442,7 @@ class World:
     """The processes of a run, one per GPU. With a single process nothing is communicated.
 
     `gather` and `whole`, and whatever calls them, must be called by every process, or the others
-    wait.
+    wait for ever.
     """
 
     def __init__(self, cfg):
@@ -2472,7 +2454,7 @@ class World:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             torch.cuda.set_device(self.device)
         self.bf16 = cuda and cfg.model != "tiny"
-        self.sharded = self.size > 1 or self.bf16
+        self.sharded = self.size > 1 or self.bf16       # the policy's weights are cut up
         self.microbatch_tokens = cfg.microbatch_tokens or (16384 if cuda else 2048)
         self.signalled = 0                              # time of the first signal; 0: none yet
         self.phase = "other"
@@ -2552,6 +2534,148 @@ class World:
                 os.write(2, b"\neapo: stopping; Ctrl-C again stops at once, without saving\n")
 
 
+# ---- The policy, cut over the processes, and the copy of it that samples. ------------------------
+
+def shard(policy, world, offload):
+    """Make the weights of the policy fp32 and cut them over the processes, layer by layer (FSDP2).
+
+    A layer's full weights exist, in bf16 on GPUs, only while it computes. On GPUs its activations
+    are not kept, but computed again in backward.
+    """
+    if not world.sharded:
+        return policy.to(world.device)
+    compute_dtype = torch.bfloat16 if world.bf16 else None
+    options = dict(mesh=dist.init_device_mesh(world.device.type, (world.size,)),
+                   mp_policy=fsdp.MixedPrecisionPolicy(compute_dtype, torch.float32))
+    if offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
+    lists = [x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList)]
+    for layer in lists[0]:                              # the decoder's layers
+        if world.device.type == "cuda":
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        fsdp.fully_shard(layer.to(world.device).float(), **options)
+    return fsdp.fully_shard(policy.float(), **options)
+
+
+@torch.no_grad()
+def fill_sampler(run):
+    """Put the policy's weights into the copy that samples, if it is empty -> the copy."""
+    for mine, theirs in zip(run.sampler.parameters(), run.policy.lm.parameters()):
+        if mine.numel() == 0:
+            weight = run.world.whole(theirs)
+            mine.data = weight.to(run.sampler.device, mine.dtype, copy=True)
+    return run.sampler
+
+
+def empty_sampler(run):
+    """Free the copy's weights: the update needs the memory, and makes the copy out of date."""
+    if run.sampler is not run.policy.lm:
+        for weight in run.sampler.parameters():
+            weight.data = weight.data.new_empty(0)
+
+
+# ---- Files: the model and the checkpoints. -------------------------------------------------------
+
+def replace_file(path, text):
+    """Write a file beside its place and rename it, so that there is never half a file."""
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".new", path)
+
+
+def save_model(run):
+    """Write the policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
+    path = f"{run.out}/model"
+    lm = run.policy.lm
+    options = dcs.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcs.get_model_state_dict(lm, options=options)
+    if run.world.rank == 0:
+        for name in lm.all_tied_weights_keys:           # a file holds tied weights once
+            weights.pop(name, None)
+        with one_line_errors(path):
+            lm.save_pretrained(path + ".new", state_dict=weights)
+            run.tokenizer.save_pretrained(path + ".new")
+            shutil.rmtree(path, ignore_errors=True)     # from here on, path.new is complete
+            os.replace(path + ".new", path)
+
+
+def checkpoints(out):
+    """The folders of a run's complete checkpoints, the latest last."""
+    return sorted(glob.glob(f"{glob.escape(out)}/checkpoint/*[0-9]"))
+
+
+def checkpoint_state(run):
+    """What a checkpoint holds: each process has its part of weights and moments.
+
+    There is no random state to keep: the random numbers of a response and the order of an epoch
+    come from seeds and counts alone.
+    """
+    model, moments = dcs.get_state_dict(run.policy, run.optimizer)
+    problems = [(problem.problem, str(problem.answer)) for problem in run.stream.problems]
+    data = crc32(json.dumps(problems).encode())         # to notice other data on resume
+    return {"model": model, "optimizer": moments, "step": run.done, "position": run.stream.position,
+            "data": data}
+
+
+def save_checkpoint(run):
+    """Write out/checkpoint/step-N, if it is not there, and keep the last two."""
+    path = f"{run.out}/checkpoint/step-{run.done:06}"
+    if run.world.gather(os.path.exists(path))[0]:
+        return
+    with one_line_errors(path):
+        dcp.save(checkpoint_state(run), checkpoint_id=path + ".new")
+    if run.world.rank == 0:
+        os.replace(path + ".new", path)
+        for old in checkpoints(run.out)[:-2]:
+            shutil.rmtree(old)
+    run.world.gather(None)                              # all wait until it is there
+
+
+def load_checkpoint(run):
+    """Continue from the last checkpoint: weights, moments, data position and logs."""
+    state = checkpoint_state(run)
+    data = state["data"]
+    *earlier, path = checkpoints(run.out)
+    instead = f", delete it to go on from {earlier[-1]}" if earlier else ""
+    with one_line_errors(path + instead):
+        dcp.load(state, checkpoint_id=path)
+    require(state["data"] == data, f"{run.cfg.train_data} is not the data that {run.out} was "
+            "trained on: its problems differ")
+    dcs.set_state_dict(run.policy, run.optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
+    run.stream.position = state["position"]
+    run.done = state["step"]
+    if run.done == 0:           # to save an unused optimizer, torch made it take an empty step
+        run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
+
+    if os.path.exists(f"{run.out}/.page.json"):         # not there if no evaluation was finished
+        with open(f"{run.out}/.page.json", encoding="utf-8") as file:
+            run.page = json.load(file)
+
+    # What comes after the checkpoint will be done again: take it out of the logs, and with it the
+    # responses of an evaluation that was cut short.
+    run.history = read_log(f"{run.out}/metrics.jsonl", run.done)
+    last_step = run.done - 1 if run.lacks_evaluation() else run.done
+    responses = read_log(f"{run.out}/responses.jsonl", last_step)
+    run.world.gather(None)                              # all have read them
+    if run.world.rank == 0:
+        for name, rows in (("metrics.jsonl", run.history), ("responses.jsonl", responses)):
+            lines = [json.dumps(row) + "\n" for row in rows]
+            replace_file(f"{run.out}/{name}", "".join(lines))
+        write_settings(run)
+
+
+def read_log(path, last_step):
+    """The rows of a log up to a step, without the half-written lines of a killed run."""
+    rows = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("step", 0) <= last_step]
+
+
 # ---- Opening and closing a run. ------------------------------------------------------------------
 
 def open_run(cfg):
@@ -2595,8 +2719,8 @@ def signals():
     """The signals that stop a run; only the main thread of a program may listen to them."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    names = ["SIGINT", "SIGTERM", "SIGHUP"]
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]   # Windows has two
+    names = ["SIGINT", "SIGTERM", "SIGHUP"]             # Windows lacks the last
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def load_eval_sets(run):
@@ -2625,11 +2749,10 @@ def close_run(run):
     if "base" in run.page:
         world.print(f"Where does the credit go? Open {run.out}/report.html")
     if run.stopped and (run.done < run.cfg.steps or run.lacks_evaluation()):
-        world.print(f"stopped; go on with: python eapo.py --resume {run.out}")
+        world.print(f"stopped; go on with: python eapo.py --resume {shlex.quote(run.out)}")
     elif not run.cfg.eval_only:
-        world.print("to evaluate it more precisely:\n"
-                    f"  python eapo.py --model {run.out}/model --eval-only --eval-samples 64 "
-                    f"--eval-data {shlex.quote(run.cfg.eval_data)}")
+        again = replace(run.cfg, model=f"{run.out}/model", eval_samples=64)
+        world.print(f"to evaluate it more precisely:\n  {command(again, EVAL_FLAGS)} --eval-only")
     if world.size > 1:
         dist.destroy_process_group()                    # its threads must not outlive the program
 
@@ -2667,7 +2790,8 @@ def make_folder(run):
 def lock_folder(run):
     """Refuse a folder in which another process is at work, as two would spoil each other's files.
 
-    The operating system lifts the lock when the process that holds it ends, however it ends.
+    The file of the lock stays open. The operating system lifts the lock when the process ends,
+    however it ends.
     """
     if run.world.rank > 0 or os.name == "nt":           # Windows has no such locks
         return
@@ -2677,7 +2801,7 @@ def lock_folder(run):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"eapo: another process is at work in {run.out}") from None
-    except OSError:                                     # nor have some network disks
+    except OSError:                                     # some network disks have none, either
         os.close(lock)
 
 
@@ -2763,50 +2887,13 @@ def check_memory(cfg, world):
     free = world.free_memory()
     world.print(f"{cfg.model}: {parameters / 1e6:.1f}M parameters on {world.size} x "
                 f"{world.device.type}. GB per process: {state / 1e9:.2f} for weights, gradients "
-                f"and moments, {copy / 1e9:.2f} for the copy that samples; {free / 1e9:.2f} free")
-    while_sampling = copy + (state if cfg.eval_only else 0.75 * state)      # without gradients
+                f"and moments, {copy / 1e9:.2f} for the copy that samples; {free / 1e9:.2f} may be used")
+    # While it samples there are no gradients: in training, 12 of the 16 bytes.
+    while_sampling = copy + (state if cfg.eval_only else 0.75 * state)
     fits = max(state, while_sampling) < free
     if cfg.offload:
         fits = state < world.host_memory() and copy < free
     require(fits, f"{cfg.model} does not fit: use more --gpus, --offload, or a smaller model")
-
-
-def shard(policy, world, offload):
-    """Make the weights of the policy fp32 and cut them over the processes, layer by layer (FSDP2).
-
-    A layer's full weights exist, in bf16 on GPUs, only while it computes. On GPUs its activations
-    are not kept, but computed again in backward.
-    """
-    if not world.sharded:
-        return policy.to(world.device)
-    compute_dtype = torch.bfloat16 if world.bf16 else None
-    options = dict(mesh=dist.init_device_mesh(world.device.type, (world.size,)),
-                   mp_policy=fsdp.MixedPrecisionPolicy(compute_dtype, torch.float32))
-    if offload:
-        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
-    lists = [x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList)]
-    for layer in lists[0]:                              # the decoder's layers
-        if world.device.type == "cuda":
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        fsdp.fully_shard(layer.to(world.device).float(), **options)
-    return fsdp.fully_shard(policy.float(), **options)
-
-
-@torch.no_grad()
-def fill_sampler(run):
-    """Put the policy's weights into the copy that samples, if it is empty -> the copy."""
-    for mine, theirs in zip(run.sampler.parameters(), run.policy.lm.parameters()):
-        if mine.numel() == 0:
-            weight = run.world.whole(theirs)
-            mine.data = weight.to(run.sampler.device, mine.dtype, copy=True)
-    return run.sampler
-
-
-def empty_sampler(run):
-    """Free the copy's weights: the update needs the memory, and makes the copy out of date."""
-    if run.sampler is not run.policy.lm:
-        for weight in run.sampler.parameters():
-            weight.data = weight.data.new_empty(0)
 
 
 # ---- What is checked before the first step and after it. -----------------------------------------
@@ -2831,7 +2918,7 @@ def sanity_check(run, problems):
     if bos > 1:
         world.print(f"warning: the prompt has {bos} BOS tokens; models are trained with one")
     check_golds(run, problems)
-    if "boxed" not in text and not first.solution:      # tasks have solutions, to imitate first
+    if "boxed" not in text and not first.solution and not first.check:
         world.print("warning: the prompt does not ask for \\boxed{}. Unless the model boxes its "
                     "answers anyway, no response will be right: say so in the problems, or imitate "
                     "solutions first (--warmup-data)")
@@ -2894,7 +2981,7 @@ def warn_of_first_step(run, metrics):
                         "or see whether the stop tokens above are the model's")
     if metrics["grad_norm"] == 0:
         run.world.print("warning: nothing was learned: no group had right and wrong responses, or "
-                        "--quadrants left no token\nits credit. A longer warm-up may help, unless "
+                        "--quadrants left no token\nwith credit. A longer warm-up may help, unless "
                         "--warmup-data or the check of answers is wrong")
     if metrics["sampler_gap"] > 0.1:
         run.world.print(f"warning: sampler and policy differ by {metrics['sampler_gap']:.3f} nats "
@@ -2911,103 +2998,43 @@ def warn_of_long_steps(run, tokens):
                         f"{most / rate / 60:.0f} minutes, and\nthen learns from them.")
 
 
-# ---- Files: the model and the checkpoints. -------------------------------------------------------
+# ---- Errors in one line. -------------------------------------------------------------------------
 
-def replace_file(path, text):
-    """Write a file beside its place and rename it, so that there is never half a file."""
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".new", path)
-
-
-def save_model(run):
-    """Write the policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
-    path = f"{run.out}/model"
-    lm = run.policy.lm
-    options = dcs.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcs.get_model_state_dict(lm, options=options)
-    if run.world.rank == 0:
-        for name in lm.all_tied_weights_keys:           # a file holds tied weights once
-            weights.pop(name, None)
-        with one_line_errors(path):
-            lm.save_pretrained(path + ".new", state_dict=weights)
-            run.tokenizer.save_pretrained(path + ".new")
-            shutil.rmtree(path, ignore_errors=True)     # from here on, path.new is complete
-            os.replace(path + ".new", path)
+def require(condition, message):
+    """End the program with one line that says what is wrong and how to fix it."""
+    if not condition:
+        raise SystemExit(f"eapo: {message}")
 
 
-def checkpoints(out):
-    """The folders of a run's complete checkpoints, the latest last."""
-    return sorted(glob.glob(f"{glob.escape(out)}/checkpoint/*[0-9]"))
+@contextlib.contextmanager
+def one_line_errors(source):
+    """Turn what goes wrong with a file, a model, a disk or the network into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:       # the latter is a BaseException
+        message = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+        remedies = [remedy for sign, remedy in REMEDIES.items() if sign in message]
+        message = " ".join(message.split())
+        if len(message) > 400:
+            message = f"{message[:200]} .. {message[-200:]}"
+        if remedies:
+            message = f"{remedies[0]} ({message})"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if not isinstance(error, OSError):
+            message += f" [{os.path.basename(place.filename)}, line {place.lineno}]"
+        raise SystemExit(f"eapo: cannot use {source}: {message}") from error
 
 
-def checkpoint_state(run):
-    """What a checkpoint holds: each process has its part of weights and moments.
-
-    There is no random state to keep: the random numbers of a response and the order of an epoch
-    come from seeds and counts alone.
-    """
-    model, moments = dcs.get_state_dict(run.policy, run.optimizer)
-    problems = [(problem.problem, str(problem.answer)) for problem in run.stream.problems]
-    data = crc32(json.dumps(problems).encode())         # to notice other data on resume
-    return {"model": model, "optimizer": moments, "step": run.done, "position": run.stream.position,
-            "data": data, "page": json.dumps(run.page)}
-
-
-def save_checkpoint(run):
-    """Write out/checkpoint/step-N, if it is not there, and keep the last two."""
-    path = f"{run.out}/checkpoint/step-{run.done:06}"
-    if run.world.gather(os.path.exists(path))[0]:
-        return
-    with one_line_errors(path):
-        dcp.save(checkpoint_state(run), checkpoint_id=path + ".new")
-    if run.world.rank == 0:
-        os.replace(path + ".new", path)
-        for old in checkpoints(run.out)[:-2]:
-            shutil.rmtree(old)
-    run.world.gather(None)                              # all wait until it is there
-
-
-def load_checkpoint(run):
-    """Continue from the last checkpoint: weights, moments, data position and logs."""
-    state = checkpoint_state(run)
-    data = state["data"]
-    *earlier, path = checkpoints(run.out)
-    instead = f", delete it to go on from {earlier[-1]}" if earlier else ""
-    with one_line_errors(path + instead):
-        dcp.load(state, checkpoint_id=path)
-    require(state["data"] == data, f"{run.cfg.train_data} is not the data that {run.out} was "
-            "trained on: its problems differ")
-    dcs.set_state_dict(run.policy, run.optimizer, model_state_dict=state["model"],
-                       optim_state_dict=state["optimizer"])
-    run.stream.position = state["position"]
-    run.done = state["step"]
-    run.page = json.loads(state["page"])
-    if run.done == 0:           # to save an unused optimizer, torch made it take an empty step
-        run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
-
-    # What comes after the checkpoint will be done again: take it out of the logs, and with it the
-    # responses of an evaluation that was cut short.
-    run.history = read_log(f"{run.out}/metrics.jsonl", run.done)
-    last_step = run.done - 1 if run.lacks_evaluation() else run.done
-    responses = read_log(f"{run.out}/responses.jsonl", last_step)
-    run.world.gather(None)                              # all have read them
-    if run.world.rank == 0:
-        for name, rows in (("metrics.jsonl", run.history), ("responses.jsonl", responses)):
-            lines = [json.dumps(row) + "\n" for row in rows]
-            replace_file(f"{run.out}/{name}", "".join(lines))
-        write_settings(run)
-
-
-def read_log(path, last_step):
-    """The rows of a log up to a step, without the half-written lines of a killed run."""
-    rows = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and row.get("step", 0) <= last_step]
+REMEDIES = {        # a part of what a library's error says, and what to do then
+    "header too large": "are the weights there, or do they wait for `git lfs pull`?",
+    "quantiz": "quantized weights cannot be trained: take the original model",
+    "Unrecognized model": "an adapter (LoRA) must be merged into its base model first",
+    "custom code": "code that comes with a model is never run here",
+    "No space left": "make room on the disk",
+    "Couldn't reach": "there is no such file, folder or task, and no connection to the hub",
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3033,8 +3060,7 @@ def print_evaluation(run, step, name, problems, batch, scores):
     run.world.print(f"\n{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f} "
                     f"({scores['avg_low']:.3f} to {scores['avg_high']:.3f}), "
                     f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f}")
-    share = batch.right.reshape(-1, k).float().mean(dim=1)                      # (problems,)
-    number = int((share - 0.5).abs().argmin())
+    number = by_doubt(batch, k)[0]
     print_responses(run, problems[number], batch.rows(batch.number == number))
 
 
@@ -3056,7 +3082,7 @@ def print_responses(run, problem, group):
 
 
 def printable(text):
-    """Text from outside, with what cannot be printed made visible, such as escape codes."""
+    """Text from a model or a file, with what cannot be printed made visible: escape codes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -3141,14 +3167,14 @@ span:is(:hover, :focus)::after { content: attr(data-t); position: absolute; z-in
 .up { background: #2c9a4b; height: calc(max(0, var(--credit)) * 14px) }
 .down { background: #dd4840; height: calc(max(0, -1 * var(--credit)) * 14px) }
 span { --credit: var(--EAPO) }  body:has(#GRPO:checked) span { --credit: var(--GRPO) }
-body:has(#gap:checked) span { --credit: calc(10 * (var(--EAPO) - var(--GRPO))) }
+body:has(#change:checked) span { --credit: calc(10 * (var(--EAPO) - var(--GRPO))) }
 body:has(#base:checked) .latest, body:has(#latest:checked) .base { display: none }
 </style><h1>Where does the credit go?</h1>"""
 BARS = '<i class="H"></i><i class="I"></i><i class="up"></i><i class="down"></i>'
 
 
 def shown(text):
-    """Text from outside as HTML."""
+    """Text from a model or a file as HTML."""
     return html.escape(printable(text))
 
 
@@ -3160,7 +3186,7 @@ def show_responses(run, step, problem, group):
     cfg = run.cfg
     G = len(group.ids)
     A = group.advantage                                                         # (G,)
-    if "rows" not in run.page:          # two right and two wrong ones; later, the same tries
+    if "rows" not in run.page:          # two right and two wrong ones, if there are; later the same
         right_first = group.right.float().argsort(descending=True, stable=True).tolist()
         others = right_first[2:]
         run.page["rows"] = right_first[:2] + others[-2:]
@@ -3217,7 +3243,7 @@ def token_html(text, fork, numbers):
 
 
 def write_page(run):
-    """Write report.html, if there was an evaluation."""
+    """Write report.html, if there was an evaluation, and keep run.page in a file."""
     if run.world.rank > 0 or "base" not in run.page:
         return
     cfg = run.cfg
@@ -3238,6 +3264,7 @@ def write_page(run):
     if "latest" in run.page:
         latest = f'<label><input type="radio" name="at" id="latest">step {run.page["step"]}</label>'
 
+    replace_file(f"{run.out}/.page.json", json.dumps(run.page))         # for --resume
     replace_file(f"{run.out}/report.html", f"""{PAGE_HEAD}
 <p>{cfg.method.upper()}, step {run.history[-1]["step"]} of {cfg.steps}. {shown(outcome(run, name))}.
 <br><code>{shown(command(cfg))}</code></p>
@@ -3245,11 +3272,12 @@ def write_page(run):
 <label><input type="radio" name="at" id="base" checked>step {steps[0]}</label> {latest}</fieldset>
 <fieldset><legend>Credit</legend><label><input type="radio" name="credit" checked>EAPO</label>
 <label><input type="radio" name="credit" id="GRPO">GRPO</label>
-<label><input type="radio" name="credit" id="gap">EAPO − GRPO, 10 times as high</label></fieldset>
+<label><input type="radio" name="credit" id="change">EAPO − GRPO, 10 times as high</label></fieldset>
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
 within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
 verdict it removed. Both are in nats; in theory I is at most H, measured it has an error. Below each
-token: the credit that a rule gives it, <i class="up key"></i> up or <i class="down key"></i> down.
+token: the credit that a rule would give it, <i class="up key"></i> up or <i class="down key"></i>
+down.
 Forks, with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token,
 tap it, or press Tab for its numbers; p is its probability, V the chance of a right answer just
 before it.</p>
@@ -3261,12 +3289,17 @@ EAPO blames it less than GRPO does, even if it cost the answer.</p></div>
 {curve(f"Entropy on {name}, nats", steps, H, H, H)}</aside></main>""")
 
 
-def command(cfg):
-    """The command of the run: all settings that differ from the defaults for its model."""
+EVAL_FLAGS = ("model", "eval_data", "eval_samples", "eval_temperature", "eval_top_p",
+              "max_prompt_tokens", "max_response_tokens")
+
+
+def command(cfg, names=()):
+    """The command of a run: those of the named settings that differ from the defaults for its model
+    (of all but --resume, if none is named)."""
     words = "python eapo.py"
     usual = asdict(Config(**preset(cfg.model)))
     for name, x in asdict(cfg).items():
-        if x != usual[name] and name != "resume":
+        if x != usual[name] and name in (names or usual) and name != "resume":
             words += " " + flag_name(name)
             words += "" if x is True else " " + shlex.quote(str(x))
     return words
@@ -3338,15 +3371,16 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0], usage=USAGE, allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Config):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
+        if f.metadata["heading"]:
+            group = parser.add_argument_group(f.metadata["heading"])
         options = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         group.add_argument(flag_name(f.name), default=f.default,
                            help=f.metadata["help"].replace("%", "%%"), **options)
 
-    # What --model and --resume change are other defaults, so --help shows those that hold.
+    # --model and --resume change the defaults of the other flags. So read these two first; then
+    # --help shows the defaults that hold.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--model", default="tiny")
     early.add_argument("--resume", default="")
@@ -3364,7 +3398,7 @@ def parse_args(argv=None):
 
 def preset(model):
     """The settings that a model changes, by the last part of its name. The model/ of an earlier run
-    inherits those of that run's model, but for the warm-up and the measuring of credit."""
+    inherits those of that run's model, except the warm-up and the measuring of credit."""
     if model == "tiny":
         return PRESETS["tiny"]
     folder, name = os.path.split(os.path.normpath(model))
