@@ -3150,23 +3150,36 @@ PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 :root { color-scheme: light dark; overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 1200px; margin: auto; padding: 16px 20px 90px }
 @media (min-width: 900px) { main { display: grid; grid-template-columns: 1fr 300px; gap: 48px } }
-fieldset, label { display: inline-block }  figure { margin: 0 0 24px }  polygon { opacity: 0.3 }
+fieldset, label { display: inline-block }
+figure { margin: 0 0 24px }
 svg { width: 100%; height: 96px; border: solid #888; border-width: 0 0 1px 1px; stroke: #2f7de1 }
-svg * { vector-effect: non-scaling-stroke }  polyline { fill: none; stroke-width: 2 }
+svg * { vector-effect: non-scaling-stroke }
+polygon { opacity: 0.3 }
+polyline { fill: none; stroke-width: 2 }
+
+/* A token: two bars above it, on top of each other, then its text, then one bar below it. */
 pre { position: relative; margin: 8px 0 24px; font: 17px monospace; white-space: normal }
 span { display: inline-grid; grid-template-rows: 44px auto auto; min-width: 12px;
   padding: 0 2px 8px; text-align: center; white-space: pre; vertical-align: top }
-span:is(:hover, :focus) { background: #8883; outline: 1px solid #888 }
-span:is(:hover, :focus)::after { content: attr(data-t); position: absolute; z-index: 1; top: 100%;
-  left: 0; padding: 4px 8px; background: CanvasText; color: Canvas; white-space: pre-wrap;
-  font: 14px/1.5 system-ui, sans-serif; text-align: left }
-.fork { font-weight: 900 }  i { border-radius: 2px }  .key { display: inline-block; padding: 6px }
-.H, .I { grid-area: 1 / 1; align-self: end; max-height: 100% }  .up, .down { grid-area: 3 / 1 }
+.fork { font-weight: 900 }
+i { border-radius: 2px }
+.H, .I { grid-area: 1 / 1; align-self: end; max-height: 100% }
+.up, .down { grid-area: 3 / 1 }
 .H { background: #f3bd63; height: calc(var(--H) * var(--nat)) }
 .I { background: #b4540a; height: calc(max(0, var(--I, 0)) * var(--nat)) }
 .up { background: #2c9a4b; height: calc(max(0, var(--credit)) * 14px) }
 .down { background: #dd4840; height: calc(max(0, -1 * var(--credit)) * 14px) }
-span { --credit: var(--EAPO) }  body:has(#GRPO:checked) span { --credit: var(--GRPO) }
+.key { display: inline-block; padding: 6px }
+
+/* Its numbers, when it is pointed at. */
+span:is(:hover, :focus) { background: #8883; outline: 1px solid #888 }
+span:is(:hover, :focus)::after { content: attr(data-t); position: absolute; z-index: 1; top: 100%;
+  left: 0; padding: 4px 8px; background: CanvasText; color: Canvas; white-space: pre-wrap;
+  font: 14px/1.5 system-ui, sans-serif; text-align: left }
+
+/* What the radio buttons choose. */
+span { --credit: var(--EAPO) }
+body:has(#GRPO:checked) span { --credit: var(--GRPO) }
 body:has(#change:checked) span { --credit: calc(10 * (var(--EAPO) - var(--GRPO))) }
 body:has(#base:checked) .latest, body:has(#latest:checked) .base { display: none }
 </style><h1>Where does the credit go?</h1>"""
