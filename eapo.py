@@ -1853,7 +1853,10 @@ def same_answer(prediction, gold):
     if max(len(prediction), len(gold)) > LONGEST_ANSWER:
         return False
     commas = [",", "`"] if "," in prediction + gold else [","]
-    return any(same_meaning(scan(prediction, comma), scan(gold, comma)) for comma in commas)
+    for comma in commas:
+        if same_meaning(scan(prediction, comma), scan(gold, comma)):
+            return True
+    return False
 
 
 def same_meaning(ours, gold):
@@ -1925,7 +1928,9 @@ def rounding_error(tokens, most):
     if len(decimals) != 1 or decimals[0].endswith(".0"):        # 142.0 is not rounded
         return 0
     units = int("0" + decimals[0].replace(".", ""))
-    return min(0.5 / units, most) if units >= 100 else 0
+    if units < 100:
+        return 0
+    return min(0.5 / units, most)
 
 
 def scan(text, comma, is_prose=False):
@@ -2014,7 +2019,7 @@ def is_variable(token):
 
 class Structure(NamedTuple):
     r"""A list "," a set "\{}" a point "()" an interval "[)" a ratio ":" rows "\\" or cells "&" of a
-    matrix, a relation "=" or words. Other values are numbers: lists, of a value at each point."""
+    matrix, a relation "=" or a word. Other values are numbers: lists, of a value at each point."""
     kind: str
     parts: list
 
@@ -2040,15 +2045,13 @@ def read_answer(tokens, hundred):
 
 
 def read_expression(stack, floor=0):
-    """Read operands and operators up to one that binds no tighter than `floor` -> their value.
-
-    In 2+3*4+5, floor is the strength of + after 2+: this reads 3*4 and stops at the second +.
-    """
+    """The value of operands and operators up to one that binds no tighter than `floor`. In 2+3*4+5,
+    floor is the strength of + after 2+: this reads 3*4 and stops at the second +."""
     value = read_power(stack)
     while True:
         token = stack[-1]
         strength = STRENGTH.get(token, len(LEVELS))
-        # Two numbers side by side, 2 3, are not a product; nor is a number with its unit.
+        # Two numbers side by side, 2 3, are not a product; nor is a number with a unit.
         if strength <= floor or token[0] in DIGITS + '"':
             return value
         if strength < SUM:
@@ -2092,11 +2095,9 @@ def read_operand(stack, is_argument=False):
         return variable_number(letter)
     if token.startswith('"'):
         return Structure(token, [])
-    if "_" in token and token[0] in DIGITS:
-        # 204_5 is not computed: like a name, it only equals itself.
-        return variable_number(token)
     if token[0] in DIGITS:
-        return [Fraction(token)] * POINTS
+        # 204_5 is not computed: like a name, it only equals itself.
+        return variable_number(token) if "_" in token else [Fraction(token)] * POINTS
     if token in CONSTANTS:
         return [CONSTANTS[token]] * POINTS
     if token in ("+", "-"):

@@ -1821,7 +1821,8 @@ def test_what_cannot_be_read_equals_itself_however_it_is_spaced():
 LEFT_OUT = pairs(r"""
     \sec^2 y ~ \tan^2 y + 1 ;; 1+\sqrt2,\ 1-\sqrt2 ~ 1\pm\sqrt2 ;; \{2, -2\} ~ x = \pm 2
     5! ~ 120 ;; \binom52 ~ 10 ;; |-5| ~ 5 ;; \log_2 8 ~ 3 ;; 3 < x ~ x > 3 ;; x>3 ~ (3,\infty)
-    \sin\pi ~ 0 ;; \ln 1 ~ 0 ;; 0\pi ~ 0""")
+    \sin\pi ~ 0 ;; \ln 1 ~ 0 ;; 0\pi ~ 0 ;; \cot x ~ \frac{\cos x}{\sin x} ;; 2x > 6 ~ x > 3
+    1'234 ~ 1234 ;; 5, 7\text{ cm} ~ 5, 7 ;; x <= 2 ~ x \le 2 ;; 408.04 ~ 408.0""")
 
 
 def test_forms_that_are_left_out_equal_only_the_same_tokens():
