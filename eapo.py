@@ -1786,13 +1786,17 @@ def credit_by_rule(run, batch):
 # (Schwartz and Zippel). The points are fractions, so that nothing is rounded; positive, so that
 # \sqrt{x^2} is x; and computed from the name of the variable.
 #
-# Ignored: spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
-# name in front (AB = 5, f(x) = 2x), degrees, units at the end, and a base that only the gold states
-# (204_5). Not ignored: the order in points, the kind of brackets, repeated elements, other letters
-# (4abcd is a product), and a variable that cancels (5+0x is not 5). Two readings: 1,234 is a number
-# or a list, 50% is 50 or 1/2. A gold with a decimal of three or more significant digits stands for
-# what rounds to it, within 0.11%: for 16.67, 50/3 is right. But 16.67 is not right for 50/3. Values
-# are judged: 2+2 is as right as 4. What cannot be read (|x|, n!) only equals the same tokens.
+# Conventions:
+# - Ignored: spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
+#   name in front (AB = 5, f(x) = 2x), degrees, units at the end, and a base that only the gold
+#   states (204_5).
+# - Not ignored: the order in points, the kind of brackets, repeated elements, other letters (4abcd
+#   is a product), and a variable that cancels (5+0x is not 5).
+# - Two readings: 1,234 is a number or a list, 50% is 50 or 1/2.
+# - A gold with a decimal of three or more significant digits stands for what rounds to it, within
+#   0.11%: for 16.67, 50/3 is right. An answer is rounded by at most 2e-6: 16.67 is wrong for 50/3.
+# - Values are judged: 2+2 is as right as 4. What cannot be read (|x|, n!) only equals the same
+#   tokens.
 
 LONGEST_ANSWER = 500    # characters: work is bounded before it is done, so no time-out is needed
 MOST_TOKENS = 120       # of an answer; longer ones only equal the same tokens
@@ -2207,10 +2211,10 @@ def values_agree(ours, gold, slack):
         # Each part needs a partner of its own: 1,1 is not 1,2.
         rest = list(gold.parts)
         for part in ours.parts:
-            partners = [other for other in rest if values_agree(part, other, slack)]
-            if not partners:
+            partner = next((other for other in rest if values_agree(part, other, slack)), None)
+            if partner is None:
                 return False
-            rest.remove(partners[0])
+            rest.remove(partner)
         return True
     # (1,2) may be written 1,2.
     is_same_kind = len(kinds) == 1 or kinds == {",", "()"}
@@ -2827,7 +2831,8 @@ def check_memory(cfg, world):
     free = world.free_memory()
     world.print(f"{cfg.model}: {parameters / 1e6:.1f}M parameters on {world.size} x "
                 f"{world.device.type}. GB per process: {state / 1e9:.2f} for weights, gradients "
-                f"and moments, {copy / 1e9:.2f} for the copy that samples; {free / 1e9:.2f} may be used")
+                f"and moments, {copy / 1e9:.2f} for the copy that samples; "
+                f"{free / 1e9:.2f} may be used")
     # While it samples there are no gradients: in training, 12 of the 16 bytes.
     while_sampling = copy + (state if cfg.eval_only else 0.75 * state)
     fits = max(state, while_sampling) < free
@@ -3225,7 +3230,8 @@ def write_page(run):
 <label><input type="radio" name="at" id="base" checked>step {steps[0]}</label> {latest}</fieldset>
 <fieldset><legend>Credit</legend><label><input type="radio" name="credit" checked>EAPO</label>
 <label><input type="radio" name="credit" id="GRPO">GRPO</label>
-<label><input type="radio" name="credit" id="change">EAPO − GRPO, 10 times as high</label></fieldset>
+<label><input type="radio" name="credit" id="change">EAPO − GRPO, 10 times as high</label>
+</fieldset>
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
 within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
 verdict it removed. Both are in nats; in theory I is at most H, measured it has an error. Below each
