@@ -2916,7 +2916,7 @@ def check_golds(run, problems):
         right = [(p.check or is_correct)(p.solution, p.answer) for p in solved]
         share = sum(right) / len(solved)
         run.world.print(f"  of {len(solved)} worked solutions, for the warm-up, {share:.0%} are "
-                        "right")
+                        "right: who wrote them makes mistakes, on purpose")
 
 
 def warn_of_first_step(run, metrics):
@@ -3048,7 +3048,7 @@ def outcome(run, name):
     verdict = "no difference is shown, as the 95% intervals overlap"
     if low > first_high or high < first_low:
         verdict = f"{'better' if last > first else 'worse'}, as the 95% intervals do not overlap"
-    return f"{text} before, {last:.3f} after {rows[-1]['step']} steps: {verdict}"
+    return f"{text} before, {last:.3f} after step {rows[-1]['step']}: {verdict}"
 
 
 def sparkline(values):
@@ -3145,9 +3145,9 @@ def show_responses(run, step, problem, group):
     G = len(group.ids)
     A = group.advantage                                                         # (G,)
     if "rows" not in run.page:          # two right and two wrong ones, if there are; later the same
-        right_first = group.right.float().argsort(descending=True, stable=True).tolist()
-        others = right_first[2:]
-        run.page["rows"] = right_first[:2] + others[-2:]
+        right = group.right.nonzero()[:, 0].tolist()
+        wrong = (~group.right).nonzero()[:, 0].tolist()
+        run.page["rows"] = right[:2] + wrong[:2]
         run.page["pixels"] = 44 / max(0.7, float(group.H.max()))        # per nat
     mu, _ = entropy_mean_and_std(group.H, group.mask, G)
     fork = group.mask & (group.H >= mu)                                         # (G, T)
@@ -3160,7 +3160,7 @@ def show_responses(run, step, problem, group):
     which = "latest" if step > 0 and "base" in run.page else "base"
     run.page["step"] = step
     section = f'<section class="{which}"><h2>{shown(problem.problem)}</h2>'
-    section += f"<p>{summary(group, fork, facts)}.</p>"
+    section += f"<p>The answer is {shown(problem.answer)}. {summary(group, fork, facts)}.</p>"
     for i in run.page["rows"]:
         verdict = "right" if group.right[i] else "wrong"
         section += f"<b>{verdict}, A = {A[i]:+.2f}</b><pre>"
@@ -3183,7 +3183,7 @@ def summary(group, fork, facts):
     if "I" in facts:
         total = facts["I"].nanmean(dim=0).sum()
         held = (facts["I"] * fork).nanmean(dim=0).sum()
-        text += f"; of {total:.2f} nats of true credit per response, they hold {held:.2f}"
+        text += f"; they hold {held:.2f} of the {total:.2f} nats of true credit per response"
     return text
 
 

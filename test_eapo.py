@@ -2209,7 +2209,7 @@ def a_page(tmp_path, text, *flags, step=0, measured=2, times=1):
     group.V = group.I = torch.full((4, 3), torch.nan)
     group.I[:measured] = group.V[:measured] = .1 * group.mask[:measured]
     for _ in range(times):
-        eapo.show_responses(run, step, eapo.Problem(text), group)
+        eapo.show_responses(run, step, eapo.Problem(text, text), group)
     scores = {"avg_low": .1, f"avg@{cfg.eval_samples}": .2, "avg_high": .3, "entropy": .4}
     run.history = [{"step": step} | {f"eval/{text}/{key}": x for key, x in scores.items()}]
     eapo.write_page(run)
@@ -2233,19 +2233,20 @@ def test_the_page_runs_no_script_and_needs_nothing_from_elsewhere(tmp_path):
 
 
 def test_the_page_shows_entropy_true_credit_and_the_credit_of_both_rules(tmp_path):
-    """One right response and three wrong ones, 3 + 2 + 2 + 3 tokens. I was measured in the first
-    two. A = 3/2 and -1/2; with EAPO a tenth more or less at most."""
+    """One right response and three wrong ones, 3 + 2 + 2 + 3 tokens, of which it shows three. I was
+    measured in the first two. A = 3/2 and -1/2; with EAPO a tenth more or less at most."""
     page = a_page(tmp_path, "x", "--method", "forking", "--offload")
     assert page.split("</code>")[0].endswith("--method forking --offload")
-    assert page.count("<span") == 10
+    assert page.count("<span") == 7
     assert page.count("--I:0.100;") == page.count("  I 0.100") == 5
     forks = sum(text.count('class="fork"') for text in page.split("<pre>")[1:3])
-    assert f"of 0.25 nats of true credit per response, they hold {.05 * forks:.2f}." in page
+    assert f"they hold {.05 * forks:.2f} of the 0.25 nats of true credit per response." in page
+    assert "The answer is x. 1 of 4 responses are right." in page
     assert page.count("--GRPO:1.500;") == page.count("GRPO 1.500") == 3
-    assert page.count("--GRPO:-0.500;") == page.count("GRPO -0.500") == 7
+    assert page.count("--GRPO:-0.500;") == page.count("GRPO -0.500") == 4
     credit = [float(x) for x in re.findall(r"--EAPO:([^;]+);", page)]
     sizes = [abs(x) / (1.5 if x > 0 else 0.5) for x in credit]
-    assert len(sizes) == 10 and .899 < min(sizes) < 1 < max(sizes) < 1.101
+    assert len(sizes) == 7 and .899 < min(sizes) < 1 < max(sizes) < 1.101
 
 
 def test_the_first_evaluation_is_what_the_page_shows_first(tmp_path):
@@ -2265,7 +2266,7 @@ def test_a_base_that_is_evaluated_again_stays_the_base(tmp_path):
 def test_a_page_says_nothing_of_true_credit_where_none_could_be_measured(tmp_path):
     page = a_page(tmp_path, "x", measured=0)
     assert "nats of true credit" not in page and "nan" not in page and "--I:" not in page
-    assert page.count("<span") == 10
+    assert page.count("<span") == 7
 
 
 @pytest.mark.slow
@@ -2557,13 +2558,13 @@ def test_the_outcome_compares_the_first_evaluation_with_the_last():
     for step, (score, low, high) in enumerate([(.5, .4, .6), (.9, .8, .95), (.7, .61, .8)]):
         scores = {"avg@4": score, "avg_low": low, "avg_high": high}
         run.history.append({"step": step} | {f"eval/x/{key}": y for key, y in scores.items()})
-    said = "Avg@4 on x: 0.500 before, 0.700 after 2 steps: better, as the 95% intervals do not overlap"
+    said = "Avg@4 on x: 0.500 before, 0.700 after step 2: better, as the 95% intervals do not overlap"
     assert eapo.outcome(run, "x") == said
     run.history[2]["eval/x/avg_low"] = .59
-    assert "0.700 after 2 steps: no difference is shown" in eapo.outcome(run, "x")
+    assert "0.700 after step 2: no difference is shown" in eapo.outcome(run, "x")
     run.history[2]["eval/x/avg_high"] = .39
     run.history[2]["eval/x/avg@4"] = .3
-    assert "0.300 after 2 steps: worse, as" in eapo.outcome(run, "x")
+    assert "0.300 after step 2: worse, as" in eapo.outcome(run, "x")
     run.history = run.history[:1]
     assert eapo.outcome(run, "x") == "Avg@4 on x: 0.500"
     assert eapo.sparkline([0, .5, 1]) == "▁▅█"
@@ -2736,7 +2737,7 @@ def test_the_trained_model_is_an_ordinary_folder_that_trains_on(
         assert weight.equal(now[name])
         assert not weight.equal(before[name])
     said = capsys.readouterr().out
-    for words in ("solve rate ", "Avg@2 on addition: ", " after 1 steps: ",
+    for words in ("solve rate ", "Avg@2 on addition: ", " after step 1: ",
                   f"{run.out}/report.html",
                   f"python eapo.py --model {run.out}/model --max-response-tokens 8 "
                   "--eval-samples 64 --eval-only"):     # what else the exam needs is preset
