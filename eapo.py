@@ -1805,14 +1805,15 @@ POINTS = 3              # at which answers are compared
 
 # Other spellings. CHARACTERS are replaced in the text, where ` becomes the thousands separator.
 # Each row of SPELLINGS is one token, of which the first spelling is kept. IGNORED change no value.
-CHARACTERS = {"{,}": "`", r",\! ": "`", r",\!": "`", "{pmatrix}": "", "{bmatrix}": ""}
+CHARACTERS = {r"\displaystyle": "", "{,}": "`", r",\! ": "`", r",\!": "`", "{pmatrix}": "",
+              "{bmatrix}": ""}
 SPELLINGS = r"""\frac \dfrac \tfrac \cfrac | \sqrt √ sqrt | \pi π pi | \infty ∞ | \log \ln ln log
     | - − – — ‒ | / \div ÷ | * \cdot \times × · ⋅ ∙ | = \in \approx ≈ | ≠ \ne \neq | < \lt | > \gt
     | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | , ` ; and or OR \cup ∪ | } \}
     | ° \circ degree degrees | % \% percent pct | \text \mbox \textbf \textit \textrm \textnormal
     \mathrm | \emptyset \varnothing ∅ | yes YES | no NO | true TRUE | false FALSE""".split("|")
 SPELLED = {other: row.split()[0] for row in SPELLINGS for other in row.split()}
-IGNORED = ("", *r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \bf \mathbf \mathbb \displaystyle
+IGNORED = ("", *r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \bf \mathbf \mathbb
     \quad \qquad \, \; \: \! \( \) \[ \] $ \$ ~ \angle \ """.split())
 
 VARIABLES = {*ascii_letters, *r"""\alpha \beta \gamma \delta \epsilon \theta \lambda \mu \rho \sigma
@@ -1826,6 +1827,8 @@ NO_UNITS = set("""half dozen hundred thousand million billion trillion tenth hun
 CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, "°": Fraction(1)}      # 60^\circ is 60^1
 FUNCTIONS = {"\\" + name: getattr(cmath, name.replace("arc", "a"))      # \arcsin is cmath.asin
              for name in "sin cos tan log exp arcsin arccos arctan".split()}
+FUNCTIONS |= {r"\sec": lambda z: 1 / cmath.cos(z), r"\csc": lambda z: 1 / cmath.sin(z),
+              r"\cot": lambda z: 1 / cmath.tan(z)}
 ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 BRACKETS = {"(": ")]", "[": ")]", "{": "}", r"\{": "}", r"\begin": [r"\end"]}  # what closes them
 DIGITS = digits + "."   # what a number starts with

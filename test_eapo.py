@@ -1629,7 +1629,7 @@ EQUAL = pairs(r"""
     \arccos 0 ~ \pi/2 ;; 2^-1 ~ 1/2 ;; x^-1y ~ \frac yx ;; -5\% ~ -0.05
     \displaystyle 5 ~ 5 ;; 50\% ~ \frac12 ;; \mathbf{7} ~ 7 ;; 60 degrees ~ 60^\circ
     g(t) = t^2 ~ t^2 ;; f(2)=5 ~ 5 ;; a_{10} = 55 ~ 55 ;; \text{B and C} ~ \text{C, B}
-    5-3 ~ 5‒3 ;; 10^3 ~ 1000
+    5-3 ~ 5‒3 ;; 10^3 ~ 1000 ;; \cot x ~ \frac{\cos x}{\sin x} ;; \displaystyle AB ~ AB
     \sin(x) y ~ y\sin x ;; \sin 2x ~ 2\sin x\cos x ;; x = 204_5 ~ 204_5 ;; {1,2} ~ 2,1
     sqrt(2) ~ \sqrt2 ;; \{5\} ~ 5 ;; \text{a circle} ~ a circle
     1 < x \le 2 ~ 1 < x \leq 2 ;; i^2 ~ -1 ;; +5 ~ 5
@@ -1825,7 +1825,7 @@ def test_what_cannot_be_read_equals_itself_however_it_is_spaced():
 LEFT_OUT = pairs(r"""
     \sec^2 y ~ \tan^2 y + 1 ;; 1+\sqrt2,\ 1-\sqrt2 ~ 1\pm\sqrt2 ;; \{2, -2\} ~ x = \pm 2
     5! ~ 120 ;; \binom52 ~ 10 ;; |-5| ~ 5 ;; \log_2 8 ~ 3 ;; 3 < x ~ x > 3 ;; x>3 ~ (3,\infty)
-    \sin\pi ~ 0 ;; \ln 1 ~ 0 ;; 0\pi ~ 0 ;; \cot x ~ \frac{\cos x}{\sin x} ;; 2x > 6 ~ x > 3
+    \sin\pi ~ 0 ;; \ln 1 ~ 0 ;; 0\pi ~ 0 ;; 2x > 6 ~ x > 3
     1'234 ~ 1234 ;; 5, 7\text{ cm} ~ 5, 7 ;; x <= 2 ~ x \le 2 ;; 408.04 ~ 408.0""")
 
 
