@@ -1806,12 +1806,12 @@ POINTS = 3              # at which answers are compared
 # Other spellings. CHARACTERS are replaced in the text, where ` becomes the thousands separator.
 # Each row of SPELLINGS is one token, of which the first spelling is kept. IGNORED change no value.
 CHARACTERS = {r"\displaystyle": "", "{,}": "`", r",\! ": "`", r",\!": "`", "{pmatrix}": "",
-              "{bmatrix}": ""}
+              "{bmatrix}": "", "<=": "≤", ">=": "≥", "!=": "≠"}
 SPELLINGS = r"""\frac \dfrac \tfrac \cfrac | \sqrt √ sqrt | \pi π pi | \infty ∞ | \log \ln ln log
     | - − – — ‒ | / \div ÷ | * \cdot \times × · ⋅ ∙ | = \in \approx ≈ | ≠ \ne \neq | < \lt | > \gt
     | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | , ` ; and or OR \cup ∪ | } \}
-    | ° \circ degree degrees | % \% percent pct | \text \mbox \textbf \textit \textrm \textnormal
-    \mathrm | \emptyset \varnothing ∅ | yes YES | no NO | true TRUE | false FALSE""".split("|")
+    | ° \circ degree degrees | % \% percent percentage pct | \text \mbox \textbf \textit \textrm
+    \textnormal \mathrm | \emptyset \varnothing ∅ | yes YES | no NO | true TRUE | false FALSE""".split("|")
 SPELLED = {other: row.split()[0] for row in SPELLINGS for other in row.split()}
 IGNORED = ("", *r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \bf \mathbf \mathbb
     \quad \qquad \, \; \: \! \( \) \[ \] $ \$ ~ \angle \ """.split())

@@ -1630,6 +1630,7 @@ EQUAL = pairs(r"""
     \displaystyle 5 ~ 5 ;; 50\% ~ \frac12 ;; \mathbf{7} ~ 7 ;; 60 degrees ~ 60^\circ
     g(t) = t^2 ~ t^2 ;; f(2)=5 ~ 5 ;; a_{10} = 55 ~ 55 ;; \text{B and C} ~ \text{C, B}
     5-3 ~ 5‒3 ;; 10^3 ~ 1000 ;; \cot x ~ \frac{\cos x}{\sin x} ;; \displaystyle AB ~ AB
+    x <= 2 ~ x \le 2 ;; x >= 2 ~ x \geq 2 ;; x != 2 ~ x \ne 2 ;; 28 percentage ~ 28\%
     \sin(x) y ~ y\sin x ;; \sin 2x ~ 2\sin x\cos x ;; x = 204_5 ~ 204_5 ;; {1,2} ~ 2,1
     sqrt(2) ~ \sqrt2 ;; \{5\} ~ 5 ;; \text{a circle} ~ a circle
     1 < x \le 2 ~ 1 < x \leq 2 ;; i^2 ~ -1 ;; +5 ~ 5
@@ -1826,7 +1827,7 @@ LEFT_OUT = pairs(r"""
     \sec^2 y ~ \tan^2 y + 1 ;; 1+\sqrt2,\ 1-\sqrt2 ~ 1\pm\sqrt2 ;; \{2, -2\} ~ x = \pm 2
     5! ~ 120 ;; \binom52 ~ 10 ;; |-5| ~ 5 ;; \log_2 8 ~ 3 ;; 3 < x ~ x > 3 ;; x>3 ~ (3,\infty)
     \sin\pi ~ 0 ;; \ln 1 ~ 0 ;; 0\pi ~ 0 ;; 2x > 6 ~ x > 3
-    1'234 ~ 1234 ;; 5, 7\text{ cm} ~ 5, 7 ;; x <= 2 ~ x \le 2 ;; 408.04 ~ 408.0""")
+    1'234 ~ 1234 ;; 5, 7\text{ cm} ~ 5, 7 ;; 408.04 ~ 408.0""")
 
 
 def test_forms_that_are_left_out_equal_only_the_same_tokens():
