@@ -89,9 +89,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 1. Settings. Each field of Config is also a flag of the command line. But for the model, the
-# defaults are those of the paper's run of Qwen2.5-Math-7B (table 6). PRESETS says what other models
-# change, `tiny` among them; `parse_args` applies it.
+# Part 1. Settings. Each field of Config is also a flag of the command line. Except for the model,
+# the defaults are those of the paper's run of Qwen2.5-Math-7B (table 6). PRESETS says what other
+# models change, `tiny` among them; `parse_args` applies it.
 # --------------------------------------------------------------------------------------------------
 
 def flag(default, description, heading=None):
@@ -112,7 +112,8 @@ class Config:
                            "reading a checkpoint can run code in it (pickle)")
     save_every: int = flag(20, "steps between checkpoints; 0: only when the run is stopped")
 
-    warmup_data: str = flag("", "worked solutions to imitate: columns problem and solution",
+    warmup_data: str = flag("", "worked solutions to imitate: a task, or a file or a data set with "
+                                "columns problem and solution",
                             "supervised warm-up before RL, for models that do not know the task")
     warmup_steps: int = flag(0, "optimizer steps, with 16 solutions each; 0: no warm-up")
     warmup_learning_rate: float = flag(1e-5, "reached after 20 steps; falls over the last 30%")
@@ -317,7 +318,7 @@ def policy_loss(logp, old_logp, A, weight, clip_low, clip_high, clip_c):
     rho = (logp - old_logp).exp()                       # (N, T), about 1 on the first mini-batch
     rho_clipped = rho.clamp(1 - clip_low, 1 + clip_high)                        # (N, T)
 
-    # A token that has moved far enough the right way has no gradient any more: one with A > 0 when
+    # A token that has moved far enough the right way no longer has a gradient: one with A > 0 when
     # rho > 1 + eps_high, one with A < 0 when rho < 1 - eps_low. min keeps the gradient of a token
     # that went the wrong way: with A < 0 and rho = 1.5, it is pushed back.
     gain = torch.min(rho * A, rho_clipped * A)                                  # (N, T)   (2)
@@ -396,9 +397,9 @@ def train(cfg):
             for micro in micro_batches(run, mini):      # this process's share
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                # Add a term of your own here, weighted by micro.weight. For a KL penalty, open a
-                # second Policy as `open_run` does, and `score` the batch with it before the update,
-                # into a new field of Batch.
+                # Add a term of your own here, weighted by micro.weight. (A KL penalty needs
+                # log-probabilities under a reference Policy: `score` them where `rescore` is
+                # called, into a new field of Batch.)
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -474,9 +475,10 @@ def assign_credit(batch, cfg):
     """The credit of each token: what takes the place of A_t in (2).  -> (N, T), 0 outside the mask
 
     To add a rule, write a function like those below and an entry in CREDIT_RULES. It finds
-    `advantage` (N,), and `quadrant`, `old_logp`, `H` (N, T) and so on in the Batch, whose rows are
-    all of the step's responses, those of dropped groups too (or, in part 8, some of an evaluation).
-    What it returns outside the mask does not matter. Tokens without credit count in the mean.
+    `advantage` (N,), and `quadrant`, `old_logp`, `H` (N, T) and so on in the Batch, which holds all
+    responses of the step, those of dropped groups too. (In part 8 it holds some of an evaluation.)
+    What a rule returns outside the mask does not matter. A token with credit 0 still counts in the
+    mean of (2).
     """
     batch.quadrant = quadrants(batch.right, batch.H, batch.mask, cfg.group_size)
     credit = CREDIT_RULES[cfg.method](batch, cfg)                               # (N, T)
@@ -510,7 +512,7 @@ def forking_credit(batch, cfg):
     H = batch.H[batch.mask]                                                     # (tokens,)
     highest = H.topk(math.ceil(len(H) / 5)).values
     threshold = highest[-1]
-    return batch.advantage[:, None].masked_fill(batch.H < threshold, 0)
+    return torch.where(batch.H >= threshold, batch.advantage[:, None], 0)
 
 
 def entroadv_credit(batch, cfg):
@@ -677,8 +679,8 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     run.stopped = any(world.gather(world.signalled))
     if run.stopped:
         return None
-    # In bf16, old_logp and H must be the policy's (though for "credit" nobody needs them). In fp32
-    # the sampler's will do, and training compares one response.
+    # On GPUs, in bf16, old_logp and H are replaced by the policy's ("credit" needs neither). In
+    # fp32 the sampler's will do, and only training compares them, on one response.
     if name == "train" or (world.bf16 and name != "credit"):
         rescore(run, batch, temperature)
     world.begin("other")
@@ -786,16 +788,16 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     max_tokens = max(limits, default=0)
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
-    # What is kept of each response, in rows 0 to N - 1. A slot that has none for the moment is
-    # computed all the same, and what it writes goes to row N, and is thrown away.
+    # What is kept of each response, in rows 0 to N - 1. A slot that is idle for the moment is still
+    # computed. What it writes goes to row N, and is thrown away.
     tokens = torch.zeros(N + 1, max_tokens, dtype=torch.long, device=device)
     logp = torch.zeros(N + 1, max_tokens, device=device)
     H = torch.zeros(N + 1, max_tokens, device=device)
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
 
     # What is given for each: its limit, the position of its last prompt token, and random numbers.
-    # Row N looks like a response of at most 1 token to a prompt of 1 token. So an idle slot writes
-    # at position 0 of its cache, is over, and is idle again.
+    # Row N looks like a response of at most 1 token to a prompt of 1 token: an idle slot writes at
+    # position 0 of its cache, has finished, and so stays idle.
     limit = torch.tensor([n for n in limits for _ in range(G)] + [1], device=device)
     last = torch.tensor([len(p) - 1 for p in prompts for _ in range(G)] + [0], device=device)
     u = torch.zeros(N + 1, max_tokens)
@@ -816,7 +818,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         # from the first decode step, which reads the last prompt token once more, and writes its
         # key and value again. So one line below draws every token.
         free = (row == N).nonzero()[:, 0]
-        at_once = max(1, 16384 // room)                 # bounds the memory that reading takes
+        at_once = max(1, 16384 // max(map(len, prompts)))   # bounds the memory that reading takes
         n = min(len(free) // G, len(waiting), at_once)
         if n > 0:
             new = waiting[:n]
@@ -901,13 +903,13 @@ def prefill(lm, prompts, group_size, cache, into, slots, room):
     rows = [torch.tensor(prompt) for prompt in prompts]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(lm.device)     # (n, P)
     read = transformers.DynamicCache()
-    lm.get_decoder()(ids, past_key_values=read, use_cache=True)
+    lm.get_decoder()(ids, past_key_values=read)
     if not cache.layers:
         cache.layers = [SlotLayer(layer, slots, room) for layer in read.layers]
     P = ids.shape[1]
-    for mine, theirs in zip(cache.layers, read.layers):
-        mine.keys[into, :, :P] = theirs.keys.repeat_interleave(group_size, dim=0)
-        mine.values[into, :, :P] = theirs.values.repeat_interleave(group_size, dim=0)
+    for ours, just_read in zip(cache.layers, read.layers):
+        ours.keys[into, :, :P] = just_read.keys.repeat_interleave(group_size, dim=0)
+        ours.values[into, :, :P] = just_read.values.repeat_interleave(group_size, dim=0)
 
 
 def decode_mask(config, position, width):
@@ -977,9 +979,10 @@ def draw(logits, u, temperature, top_p):
 def log_prob_and_entropy(logits, tokens, temperature):
     """log pi(token) and H of pi = softmax(logits / temperature), over the whole vocabulary in fp32.
 
-    logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all come here,
-    for the same formula. Temperature 0, which draws greedily, counts as 1. top_p plays no part:
-    tokens are drawn from a truncated pi, but pi_old and rho refer to the whole of it, as in verl.
+    logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all use this,
+    so that they use the same formula. Temperature 0, which draws greedily, counts as 1. top_p plays
+    no part: tokens are drawn from a truncated pi, but pi_old and rho refer to the whole of it, as
+    in verl.
     (On GPUs the logits that come in are products in bf16.)
     """
     if temperature == 0:
@@ -1023,8 +1026,8 @@ class Policy(torch.nn.Module):
         return outside.index_put((row, t), logp), outside.index_put((row, t), H)
 
 
-# How many fp32 logits at a time: 128 MB of them on a CPU, 1 GB on a GPU. There the gradients that
-# the chunks give the head are added up in bf16, and every addition rounds, so we want few chunks.
+# How many fp32 logits at a time: 128 MB of them on a CPU, 1 GB on a GPU. On a GPU the gradient of
+# the head is summed over the chunks in bf16, and every addition rounds: so we want few chunks.
 LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 25
 
 
@@ -1092,7 +1095,7 @@ def micro_batches(run, batch):
 
 
 def micro_batch_rows(lengths, tokens):
-    """Indices of rows for each micro-batch: a list of (n,), from rows of these lengths, (N,).
+    """The rows of each micro-batch: lengths (N,) of rows -> a list of tensors of indices.
 
     n * longest row is at most `tokens`, unless a single row is longer. Rows are sorted by length,
     so that neighbours are alike and little is padding.
@@ -1220,8 +1223,8 @@ def column_addition(a, b, rng, letters):
 
     where the third column forgets the carry, 1+7+1=9. Columns run from the right. Whether to write
     +1 or = is a decision that makes the answer right or wrong; which digit of a column comes first
-    is one that does not matter; everything else is routine. letters: how many letters without
-    meaning follow each column.
+    is a decision that does not matter; everything else is routine. letters: how many letters
+    without meaning follow each column.
     """
     columns = []
     result = ""
@@ -1236,7 +1239,7 @@ def column_addition(a, b, rng, letters):
         babble = rng.choices(LETTERS, k=letters)
         columns.append(f"{x}+{y}{plus_one}={total}" + "".join(babble))
         result = str(total % 10) + result
-    result = str(total) + result[1:]                    # the last column's sum stands whole
+    result = str(total) + result[1:]                    # the last sum is written in full
     return " ".join(columns) + f" \\boxed{{{result}}}"
 
 
@@ -1338,7 +1341,7 @@ KINDS = {"addition": addition_kinds, "chatter": addition_kinds}     # for the ta
 def load_problems(run, source, split):
     """The problems of a task, a file or a hub data set, with their prompts as tokens.
 
-    split: train, eval, or warmup, which needs a worked solution of each, and no answer.
+    split: train, eval, or warmup, where each needs a worked solution, and no answer.
     """
     if source in TASKS:
         problems = TASKS[source](split)
@@ -1450,7 +1453,7 @@ def eval_metrics(batch, k, smaller):
         Pass@k = mean over problems of `pass_at_k`                                              (8)
         Avg@k  = mean over problems of c / k, with c of the k responses right                   (9)
 
-    smaller: Pass@1, 2, 4 and so on, too. Entropy is in nats at the evaluation's temperature.
+    smaller: also Pass@1, 2, 4 and so on. Entropy is in nats at the evaluation's temperature.
     """
     c = batch.right.reshape(-1, k).sum(dim=1)                                   # (problems,)
     avg = c / k
@@ -1498,7 +1501,8 @@ def measure(run, batch, sums):
         reward, solve_rate          means over all responses sampled
         entropy                     mean over their tokens, nats
         response_tokens, response_length, truncated         their sum, their mean, share cut off
-        groups, groups_all_right, groups_all_wrong          sampled; the other two teach nothing
+        groups                      sampled
+        groups_all_right, groups_all_wrong                  of these, which teach nothing
         loss, grad_norm             means over the optimizer steps
         clip_fraction               share of the tokens learned from whose gradient a clip made 0
         sampler_gap                 mean |log pi_sampler - log pi_policy|, nats, where measured
@@ -1574,8 +1578,9 @@ def true_credit(run, batch, problems, budget, n=16):
         I    = h(V(s)) - sum_v pi(v) h(V(s, v))     nats, h(x) = -x log x - (1 - x) log(1 - x)
         true advantage = V(s, o) - V(s)             of the token o that was drawn
 
-    s is a prefix, v a likely next token, V(s, v) the share of n continuations that are right, drawn
-    at the temperature of evaluations from the whole policy (top_p 1). At most `budget` branches are
+    s is a prefix, v one of the likely next tokens, whose pi(v) are scaled to add up to 1, V(s, v)
+    the share of n continuations that are right, drawn at the temperature of evaluations from the
+    whole policy (top_p 1). In V(s, o) - V(s) both are estimates. At most `budget` branches are
     continued: responses are taken in order, and one that would exceed the budget stays nan.
     """
     # 1. Find the branches. Responses begin alike, and what several share is continued once.
@@ -1602,8 +1607,9 @@ def true_credit(run, batch, problems, budget, n=16):
     right = batch_of_rests.right.reshape(-1, n).float()                         # (branches, n)
     value = dict(zip(branches, right.mean(dim=1)))      # V(s, v)
 
-    # 3. Apply the formulas, from right to left. After the last decision, V is the verdict. Before
-    # it, V is what it is at the next decision: nothing changes in between.
+    # 3. Apply the formulas, from the end of a response to its beginning. After the last decision V
+    # is the verdict. Every decision then sets V for all tokens up to its own, and those before it
+    # overwrite the beginning: between two decisions, V is that of the later one.
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -1669,10 +1675,10 @@ def value_and_information(pi, values, n):
     pi, values: one number per token; a value is a mean over n continuations.
     """
     def h(x, variance):
-        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). Add
-        # that: else h of V(s, v) would be 1 / (2 n) too low, and h of V(s), which pools more
-        # samples, less, which would make I too high. What remains is noise, which can make an I
-        # negative, and where V is near 0 or 1 an error of up to .3 / n.
+        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). We
+        # add that. For one V(s, v) it is 1 / (2 n), for V(s), which pools several, less: without
+        # it, I would be too high. Noise remains, and can make an I negative; so does an error of up
+        # to .3 / n where V is near 0 or 1.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
@@ -1794,7 +1800,7 @@ def credit_by_rule(run, batch):
 #   is a product), and a variable that cancels (5+0x is not 5).
 # - Two readings: 1,234 is a number or a list, 50% is 50 or 1/2.
 # - A gold with a decimal of three or more significant digits stands for what rounds to it, within
-#   0.11%: for 16.67, 50/3 is right. An answer is rounded by at most 2e-6: 16.67 is wrong for 50/3.
+#   0.11%: for 16.67, 50/3 is right. An answer may be rounded by 2e-6, so 16.67 is wrong for 50/3.
 # - Values are judged: 2+2 is as right as 4. What cannot be read (|x|, n!) only equals the same
 #   tokens.
 
@@ -1811,7 +1817,8 @@ SPELLINGS = r"""\frac \dfrac \tfrac \cfrac | \sqrt √ sqrt | \pi π pi | \infty
     | - − – — ‒ | / \div ÷ | * \cdot \times × · ⋅ ∙ | = \in \approx ≈ | ≠ \ne \neq | < \lt | > \gt
     | ≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | , ` ; and or OR \cup ∪ | } \}
     | ° \circ degree degrees | % \% percent percentage pct | \text \mbox \textbf \textit \textrm
-    \textnormal \mathrm | \emptyset \varnothing ∅ | yes YES | no NO | true TRUE | false FALSE""".split("|")
+    \textnormal \mathrm | \emptyset \varnothing ∅ | yes YES | no NO | true TRUE | false FALSE
+    """.split("|")
 SPELLED = {other: row.split()[0] for row in SPELLINGS for other in row.split()}
 IGNORED = ("", *r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \bf \mathbf \mathbb
     \quad \qquad \, \; \: \! \( \) \[ \] $ \$ ~ \angle \ """.split())
@@ -1899,12 +1906,12 @@ def same_meaning(ours, gold):
     without_base = [t.partition("_")[0] if t[0] in DIGITS else t for t in gold_value]
     if our_value in (gold_value, without_base):
         return our_value != []
-    divisors = [1, 100] if "%" in our_value + gold_value else [1]       # 50% is 50 or 50/100
+    percents = [1, 100] if "%" in our_value + gold_value else [1]       # 50% is 50 or 50/100
     try:
         # The gold may be rounded, by up to 0.11%, our answer by up to 2e-6.
         slack = max(rounding_error(our_value, 2e-6), rounding_error(gold_value, 1.1e-3))
         return any(values_agree(read_answer(our_value, n), read_answer(gold_value, n), slack)
-                   for n in divisors)
+                   for n in percents)
     except UNREADABLE:
         return False
 
@@ -1928,13 +1935,15 @@ def split_name(tokens):
     name, _, rest = " ".join(["", *tokens]).partition(" = ")
     # In x = 1 or x = 2 the name comes again.
     value = rest.replace(name + " = ", " ").split()
-    # A name is a variable, capitals, words or nothing, and perhaps plain arguments.
+    # A name is a variable (x_1), capitals (AB), words ("area") or nothing, and perhaps arguments:
+    # (x) or (x,y), and after a symbol also (2), but nothing to compute.
     symbol, _, arguments = name.replace(" ", "").partition("(")
     letters = symbol.replace('"', "")
     is_word = letters.isalpha() and (letters.isupper() or symbol.startswith('"'))
     is_name = is_word or symbol == "" or (symbol in tokens and is_variable(symbol))
-    is_plain = set(arguments) <= set(ascii_letters + r'\_,)"' + (digits if symbol else ""))
-    is_closed = arguments.find(")") == len(arguments) - 1
+    allowed = ascii_letters + r'\_,)"' + (digits if symbol else "")
+    is_plain = set(arguments) <= set(allowed)
+    is_closed = arguments == "" or arguments.find(")") == len(arguments) - 1
     # x = 5x is an equation in x, not a value with a name.
     is_equation = "=" in value or symbol in value
     if value and is_name and is_plain and is_closed and not is_equation:
@@ -1945,7 +1954,8 @@ def split_name(tokens):
 def rounding_error(tokens, most):
     """Half a unit in the last place of a decimal of three or more significant digits, relative to
     it, but not more than `most`; 0 if there is none, or if it is a part of a sum or a list."""
-    # What follows a bracket or ^ is only a sign.
+    # In sums, lists and relations a decimal is not taken as rounded. A + or - that follows a
+    # bracket or ^ is a sign, and makes no sum.
     for before, token in zip(tokens, tokens[1:]):
         if 0 < STRENGTH.get(token, 0) <= SUM and before not in ("(", "{", "^"):
             return 0
@@ -1964,6 +1974,7 @@ def scan(text, comma, is_prose=False):
     for other, spelling in CHARACTERS.items():
         text = text.replace(other, spelling)
     text = text.strip("$ \n").removesuffix(".")
+    # Three letters in a row, or capitals alone, are a word: no solution, YES, but not xy.
     longest = max(map(len, text.replace(",", " ").split()), default=0)
     if longest > 2 or text.isupper() or text.lower() == "no":
         is_prose = is_prose or set(text) <= set(ascii_letters + " ,.'-")
@@ -2049,8 +2060,8 @@ class Structure(NamedTuple):
     parts: list
 
 
-def read_answer(tokens, hundred):
-    """The value of an answer, perhaps with units, or with %: divided by a hundred, or by 1."""
+def read_answer(tokens, percent):
+    """The value of an answer, perhaps with units, or with %, which divides it by `percent`."""
     if len(tokens) > MOST_TOKENS:
         raise ValueError("too many tokens")
     # The parser takes tokens from a stack: the next one is the last.
@@ -2059,7 +2070,7 @@ def read_answer(tokens, hundred):
     value = read_expression(stack, SUM if "%" in tokens else 0)
     if stack[-1] == "%":
         stack.pop()
-        value = compute_number(truediv, value, [hundred] * POINTS)
+        value = compute_number(truediv, value, [percent] * POINTS)
     while stack[-1].startswith('"'):
         unit = stack.pop()[1:].partition("^")[0].removesuffix("s")
         if unit in NO_UNITS or not is_constant(value):
@@ -2267,6 +2278,7 @@ def problems_from_rows(source, rows, wanted):
         else:
             problem.answer = gold_answer(value, where)
             text = str(problem.answer)
+            # A worked solution, of more than a few words, must box its answer.
             has_answer = len(text.split()) <= 5 or extract_answer(text) is not None
             if columns[wanted] == "solution" and not has_answer:
                 continue
@@ -2388,8 +2400,8 @@ class Bar(tqdm):
 class World:
     """The processes of a run, one per GPU. With a single process nothing is communicated.
 
-    `gather` and `whole`, and whatever calls them, must be called by every process, or the others
-    wait for ever.
+    `gather` and `whole`, and whatever calls them or runs the policy, must be called by every
+    process, or the others wait for ever.
     """
 
     def __init__(self, cfg):
@@ -2471,7 +2483,8 @@ class World:
     def on_signal(self, number, _):
         """Ctrl-C and the like: finish the update that is under way, save (but not in the warm-up),
         stop. A second Ctrl-C stops at once."""
-        # torchrun passes a Ctrl-C on to processes that had it already: ignore repeats for a second.
+        # torchrun passes a Ctrl-C on to processes that have already received it. So repeats are
+        # ignored for a second.
         now = time.monotonic()
         if self.signalled and number == signal.SIGINT and now > self.signalled + 1:
             raise KeyboardInterrupt
@@ -2507,10 +2520,10 @@ def shard(policy, world, offload):
 @torch.no_grad()
 def fill_sampler(run):
     """Put the policy's weights into the copy that samples, if it is empty -> the copy."""
-    for mine, theirs in zip(run.sampler.parameters(), run.policy.lm.parameters()):
-        if mine.numel() == 0:
-            weight = run.world.whole(theirs)
-            mine.data = weight.to(run.sampler.device, mine.dtype, copy=True)
+    for copy, original in zip(run.sampler.parameters(), run.policy.lm.parameters()):
+        if copy.numel() == 0:
+            weight = run.world.whole(original)
+            copy.data = weight.to(run.sampler.device, copy.dtype, copy=True)
     return run.sampler
 
 
@@ -2595,7 +2608,7 @@ def load_checkpoint(run):
     if run.done == 0:           # to save an unused optimizer, torch made it take an empty step
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
-    if os.path.exists(f"{run.out}/.page.json"):         # not there if no evaluation was finished
+    if os.path.exists(f"{run.out}/.page.json"):         # absent if no evaluation was finished
         with open(f"{run.out}/.page.json", encoding="utf-8") as file:
             run.page = json.load(file)
 
@@ -2748,7 +2761,7 @@ def lock_folder(run):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"eapo: another process is at work in {run.out}") from None
-    except OSError:                                     # some network disks have none, either
+    except OSError:                                     # some network disks have none either
         os.close(lock)
 
 
@@ -2789,7 +2802,7 @@ def load_model(cfg, world):
     require(stop_ids, f"{cfg.model}: neither tokenizer nor generation config names a stop token")
     if set(stop_ids) != set(known):         # the trained model, once saved, should stop there too
         lm.generation_config.eos_token_id = stop_ids
-        lm.generation_config.do_sample = True       # or a temperature in it could not be saved
+        lm.generation_config.do_sample = True       # or transformers saves no temperature
     return lm, tokenizer, stop_ids
 
 
@@ -2918,8 +2931,8 @@ def check_golds(run, problems):
     if solved and not run.cfg.eval_only:
         right = [(p.check or is_correct)(p.solution, p.answer) for p in solved]
         share = sum(right) / len(solved)
-        run.world.print(f"  of {len(solved)} worked solutions, for the warm-up, {share:.0%} are "
-                        "right: who wrote them makes mistakes, on purpose")
+        run.world.print(f"  of {len(solved)} worked solutions, as the warm-up imitates, "
+                        f"{share:.0%} are right: their author makes mistakes")
 
 
 def warn_of_first_step(run, metrics):
@@ -3199,8 +3212,8 @@ def token_html(text, fork, numbers):
         if math.isfinite(x):
             style += f"--{name}:{x:.3f};"
             tooltip += f"  {name} {x:.3f}"
-    focus = 'class="fork" tabindex="0"' if fork else 'tabindex="-1"'
-    return f'<span {focus} style="{style}" data-t="{tooltip}">{BARS}{text}</span>'
+    attributes = 'class="fork" tabindex="0"' if fork else 'tabindex="-1"'
+    return f'<span {attributes} style="{style}" data-t="{tooltip}">{BARS}{text}</span>'
 
 
 def write_page(run):
@@ -3394,7 +3407,7 @@ def launch_on_all_gpus(cfg, argv):
     require(cfg.gpus <= there, f"--gpus {cfg.gpus}: this machine has {there}")
     n = cfg.gpus or there
     if n > 1 and cfg.model != "tiny" and "RANK" not in os.environ:
-        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7200")     # Ctrl-C: end the step
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7200")     # seconds, to end a step
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
         program = [os.path.abspath(__file__)] + (sys.argv[1:] if argv is None else argv)

@@ -1495,7 +1495,7 @@ def test_the_tiny_model_refuses_what_it_has_no_characters_for(monkeypatch):
 def test_the_check_before_training_counts_right_solutions(capsys):
     problems = [Problem("", "1", "\\boxed{1}"), Problem("", "1", "\\boxed{2}"), Problem("", "1")]
     eapo.check_golds(a_run(), problems)
-    assert "of 2 worked solutions, for the warm-up, 50% are right" in capsys.readouterr().out
+    assert "of 2 worked solutions, as the warm-up imitates, 50% are right" in capsys.readouterr().out
 
 
 def test_a_stream_gives_every_problem_once_an_epoch_and_goes_on_from_its_position():
