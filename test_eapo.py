@@ -1011,6 +1011,25 @@ def test_every_prompt_of_every_step_and_set_has_random_numbers_of_its_own():
     assert len({tuple(response) for response in seen}) == 24
 
 
+def test_the_progress_bar_of_sampling_counts_tokens(monkeypatch):
+    """Of 3 x (12 + 5) that two problems' three responses may have at most, those that were drawn:
+    some end earlier."""
+    bars = []
+    make = eapo.World.bar
+
+    def bar(*args, **options):
+        bars.append(make(*args, **options))
+        return bars[-1]
+    monkeypatch.setattr(eapo.World, "bar", bar)
+    run = a_run(tiny_model(0)[0], "--max-response-tokens", 12)
+    run.stop_ids = [3, 4, 5, 6]
+    numbered = [(0, Problem("", "", ids=[5, 7])), (1, Problem("", "", ids=[6], limit=5))]
+    batch = sample_and_mark(run, numbered, "x", 3, 1.0, 1.0)
+    drawn = int(batch.response_len.sum())
+    assert (bars[0].n, bars[0].total) == (drawn, 51)
+    assert drawn < 51
+
+
 def test_a_response_is_marked_by_its_problems_check_or_by_the_verifier():
     """Against its own problem's answer, and without its stop token: "12" has an even length."""
     run = a_run()
@@ -1089,9 +1108,10 @@ def test_sampler_and_policy_are_compared_in_fp32_too():
 
 # ---- warm-up -------------------------------------------------------------------------------------
 
-def test_the_warm_up_is_supervised_learning_on_solutions(toy_data, optimizer_steps):
+def test_the_warm_up_is_supervised_learning_on_solutions(toy_data, optimizer_steps, capsys):
     """Two steps of AdamW on the mean of -log p over all tokens of the solutions of 16 problems,
-    which are all there are, and their stop tokens. Gradients are scaled down to norm 1."""
+    which are all there are, and their stop tokens. Gradients are scaled down to norm 1. The
+    progress bar ends with the loss of the last step, of all its micro-batches."""
     run = a_run(tiny_model(0)[0].eval(), "--warmup-data", "toy", "--warmup-steps", 2,
                 "--warmup-learning-rate", 0.02, "--microbatch-tokens", 20)
     eapo.warm_up(run)
@@ -1116,6 +1136,8 @@ def test_the_warm_up_is_supervised_learning_on_solutions(toy_data, optimizer_ste
         assert (found - gradient / norm).norm() < 0.01
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()            # the first step of Adam does not mind the scale of a gradient
+    shown = re.findall(r"loss (\S+) nats per token", capsys.readouterr().err)
+    assert float(shown[-1]) == approx(float(loss.detach()), abs=2e-3)
 
 
 def test_the_warm_ups_rate_rises_over_20_steps_and_falls_at_the_end(toy_data, optimizer_steps):
