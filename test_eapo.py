@@ -1575,11 +1575,13 @@ def test_impossible_settings_are_refused_with_a_remedy(args, says):
 
 
 def test_the_defaults_are_the_papers():
-    """Table 6, with Qwen2.5-Math-7B. Others are off: warm-up, the penalty for length."""
+    """Table 6, with Qwen2.5-Math-7B; c is that of verl, which they train with. Others are off:
+    warm-up, the penalty for length."""
     paper = dict(
         prompts_per_step=512, prompts_per_minibatch=32, group_size=8, steps=220, learning_rate=1e-6,
         max_prompt_tokens=1024, max_response_tokens=3072, temperature=1, top_p=.95, method="eapo",
-        alpha=.2, phi=2, clip_low=.2, clip_high=.28, loss_mean="tokens", overlong=0, warmup_steps=0)
+        alpha=.2, phi=2, clip_low=.2, clip_high=.28, clip_c=3, loss_mean="tokens", overlong=0,
+        warmup_steps=0)
     cfg = vars(settings("--model", "Qwen/Qwen2.5-Math-7B"))
     assert {name: cfg[name] for name in paper} == paper
 
