@@ -1604,6 +1604,18 @@ def test_a_model_brings_its_settings_and_typed_ones_win(tmp_path):
     assert only.steps == only.warmup_steps == 0
 
 
+def test_a_run_says_first_which_settings_its_model_has_brought(tmp_path, capsys):
+    """Even if the model then cannot be found."""
+    for model, brought in (("no DeepScaleR-1.5B", ["--group-size 16", "--steps 900"]),
+                           ("no model", ["none"])):
+        with pytest.raises(SystemExit, match=f"cannot use --model {model}"):
+            eapo.main(["--model", model, "--out", str(tmp_path / "run")])
+        first, _ = capsys.readouterr().out.split("\n", 1)
+        assert first.startswith(f"preset of {model}: ")
+        for setting in brought:
+            assert f" {setting}" in first
+
+
 # ---- the verifier --------------------------------------------------------------------------------
 
 def pairs(table):
