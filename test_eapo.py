@@ -858,19 +858,19 @@ def test_no_more_slots_are_busy_than_memory_allows():
 
 def test_as_many_slots_are_used_as_memory_holds():
     """2 (keys, values) x 1 layer x 2 heads x 25 numbers of 4 bytes are 400 a token; 10 tokens and
-    40 bytes for a vocabulary of one make 4,040 a slot. 4/5 of 50,500 bytes hold ten of them, when
-    2 responses of 6 tokens have taken 20 bytes each; 512 are the most. Without grouped heads there
-    are 4, and 8,040 bytes."""
+    80 bytes for a vocabulary of two make 4,080 a slot. 4/5 of 51,000 bytes hold ten of them, when
+    3 tries at 2 prompts, of 6 tokens each, have taken 20 bytes a token; 512 are the most. Without
+    grouped heads there are 4, and 8,080 bytes."""
     config = types.SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, hidden_size=100,
-                                   num_attention_heads=4, vocab_size=1)
+                                   num_attention_heads=4, vocab_size=2)
     lm = types.SimpleNamespace(config=config, dtype=torch.float32)
-    shape = ([[0] * 4, [0]], [6, 2], 1)
-    for free, slots in ((50740, 10), (50739, 9), (math.inf, 512)):
+    shape = ([[0] * 4, [0]], [6, 2], 3)
+    for free, slots in ((51720, 10), (51719, 9), (math.inf, 512)):
         assert slots_that_fit(lm, *shape, free) == slots
     config.num_key_value_heads = None
-    assert slots_that_fit(lm, *shape, 100740) == 10
+    assert slots_that_fit(lm, *shape, 101720) == 10
     config.head_dim = 50
-    assert slots_that_fit(lm, *shape, 100740) == 5
+    assert slots_that_fit(lm, *shape, 101720) == 5
 
 
 def test_a_model_that_cannot_be_sampled_from_is_found_out():
@@ -1012,6 +1012,25 @@ def test_every_prompt_of_every_step_and_set_has_random_numbers_of_its_own():
     assert len({tuple(response) for response in seen}) == 24
 
 
+def test_the_progress_bar_of_sampling_counts_tokens(monkeypatch):
+    """Of 3 x (12 + 5) that two problems' three responses may have at most, those that were drawn:
+    some end earlier."""
+    bars = []
+    make = eapo.World.bar
+
+    def bar(*args, **options):
+        bars.append(make(*args, **options))
+        return bars[-1]
+    monkeypatch.setattr(eapo.World, "bar", bar)
+    run = a_run(tiny_model(0)[0], "--max-response-tokens", 12)
+    run.stop_ids = [3, 4, 5, 6]
+    numbered = [(0, Problem("", "", ids=[5, 7])), (1, Problem("", "", ids=[6], limit=5))]
+    batch = sample_and_mark(run, numbered, "x", 3, 1.0, 1.0)
+    drawn = int(batch.response_len.sum())
+    assert (bars[0].n, bars[0].total) == (drawn, 51)
+    assert drawn < 51
+
+
 def test_a_response_is_marked_by_its_problems_check_or_by_the_verifier():
     """Against its own problem's answer, and without its stop token: "12" has an even length."""
     run = a_run()
@@ -1093,9 +1112,10 @@ def test_sampler_and_policy_are_compared_in_fp32_too():
 
 # ---- warm-up -------------------------------------------------------------------------------------
 
-def test_the_warm_up_is_supervised_learning_on_solutions(toy_data, optimizer_steps):
+def test_the_warm_up_is_supervised_learning_on_solutions(toy_data, optimizer_steps, capsys):
     """Two steps of AdamW on the mean of -log p over all tokens of the solutions of 16 problems,
-    which are all there are, and their stop tokens. Gradients are scaled down to norm 1."""
+    which are all there are, and their stop tokens. Gradients are scaled down to norm 1. The
+    progress bar ends with the loss of the last step, of all its micro-batches."""
     run = a_run(tiny_model(0)[0].eval(), "--warmup-data", "toy", "--warmup-steps", 2,
                 "--warmup-learning-rate", 0.02, "--microbatch-tokens", 20)
     eapo.warm_up(run)
@@ -1120,6 +1140,8 @@ def test_the_warm_up_is_supervised_learning_on_solutions(toy_data, optimizer_ste
         assert (found - gradient / norm).norm() < 0.01
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()            # the first step of Adam does not mind the scale of a gradient
+    shown = re.findall(r"loss (\S+) nats per token", capsys.readouterr().err)
+    assert float(shown[-1]) == approx(float(loss.detach()), abs=2e-3)
 
 
 def test_the_warm_ups_rate_rises_over_20_steps_and_falls_at_the_end(toy_data, optimizer_steps):
@@ -1260,11 +1282,11 @@ def test_a_prompt_has_one_bos_and_no_eos():
 def test_a_prompt_with_two_bos_is_told(capsys):
     run = a_run()
     run.tokenizer.bos_token = "0"
-    for problem, said in (("1+2=", 0), ("10+2=", 0), ("100+2=", 1)):
+    for problem, said in (("1+2=", []), ("10+2=", []), ("100+2=", ["2"])):
         short = Problem(problem, ids=run.tokenizer(problem).input_ids)
         short.check = odd
         eapo.sanity_check(run, [short])
-        assert capsys.readouterr().out.count("2 BOS tokens") == said
+        assert re.findall(r"(\d) BOS tokens", capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("template, says", [
@@ -1557,11 +1579,13 @@ def test_impossible_settings_are_refused_with_a_remedy(args, says):
 
 
 def test_the_defaults_are_the_papers():
-    """Table 6, with Qwen2.5-Math-7B. Others are off: warm-up, the penalty for length."""
+    """Table 6, with Qwen2.5-Math-7B; c is that of verl, which they train with. Others are off:
+    warm-up, the penalty for length."""
     paper = dict(
         prompts_per_step=512, prompts_per_minibatch=32, group_size=8, steps=220, learning_rate=1e-6,
         max_prompt_tokens=1024, max_response_tokens=3072, temperature=1, top_p=.95, method="eapo",
-        alpha=.2, phi=2, clip_low=.2, clip_high=.28, loss_mean="tokens", overlong=0, warmup_steps=0)
+        alpha=.2, phi=2, clip_low=.2, clip_high=.28, clip_c=3, loss_mean="tokens", overlong=0,
+        warmup_steps=0)
     cfg = vars(settings("--model", "Qwen/Qwen2.5-Math-7B"))
     assert {name: cfg[name] for name in paper} == paper
 
@@ -1582,6 +1606,18 @@ def test_a_model_brings_its_settings_and_typed_ones_win(tmp_path):
     assert typed.prompts_per_step == 64
     only = settings("--eval-only", "--steps", 7)
     assert only.steps == only.warmup_steps == 0
+
+
+def test_a_run_says_first_which_settings_its_model_has_brought(tmp_path, capsys):
+    """Even if the model then cannot be found."""
+    for model, brought in (("no DeepScaleR-1.5B", ["--group-size 16", "--steps 900"]),
+                           ("no model", ["none"])):
+        with pytest.raises(SystemExit, match=f"cannot use --model {model}"):
+            eapo.main(["--model", model, "--out", str(tmp_path / "run")])
+        first, _ = capsys.readouterr().out.split("\n", 1)
+        assert first.startswith(f"preset of {model}: ")
+        for setting in brought:
+            assert f" {setting}" in first
 
 
 # ---- the verifier --------------------------------------------------------------------------------
@@ -2097,6 +2133,33 @@ def test_equal_beginnings_are_continued_once_and_the_work_is_bounded(capsys):
     batch = measured(TOY, ["026", "137"], n=10, budget=5)
     assert "was worth: 0 continuations" in capsys.readouterr().out
     assert batch.I.isnan().all()
+
+
+def test_rules_are_compared_where_a_group_is_mixed_and_was_measured():
+    """Only the first of three groups of 2: the second has no advantages, the third was not
+    measured. Its three tokens, A = 1, 1, -1 and H = 2, 0, 1, have true advantages .5, 0, -.25, of
+    length sqrt(.3125). H is one sigma above the mean, one below and on it, the scores are .5, -.5
+    and 0: EAPO credits 1.1, .9, -1, and 1.95, .05, -1 at alpha 1.9. Forking keeps two tokens of
+    seven, those with H 2 and 1; entroadv adds .5, 0 and .4, w-reinforce gives .1, .1, -1. The
+    cosine for GRPO is .75 / sqrt(3 x .3125), and so on. --quadrants plays no part."""
+    run = a_run(None, "--eval-samples", 2, "--quadrants", "PHR")
+    batch = batch_of(2, 1, 1, 1, 1, 1)
+    batch.H = tensor([[2., 0], [1, 0], [.5, 0], [.5, 0], [.5, 0], [.5, 0]])
+    batch.right = tensor([True, False, True, True, True, False])
+    batch.advantage = tensor([1., -1, 0, 0, 1, -1])
+    batch.I = torch.zeros(6, 2)
+    batch.I[4:] = math.nan
+    batch.true_advantage = tensor([[.5, 0], [-.25, 0], [.9, 0], [.9, 0], [0, 0], [0, 0]])
+    batch.true_advantage[4:] = math.nan
+    credits = {"grpo": [1, 1, -1], "eapo": [1.1, .9, -1], "eapo alpha 1.9": [1.95, .05, -1],
+               "forking": [1, 0, -1], "entroadv": [1.5, 1, -.6], "w-reinforce": [.1, .1, -1]}
+    expected = {}
+    for rule, (a, b, c) in credits.items():
+        length = math.sqrt((a * a + b * b + c * c) * .3125)
+        expected[f"credit/cosine/{rule}"] = (.5 * a - .25 * c) / length
+    assert eapo.credit_by_rule(run, batch) == approx(expected, abs=1e-4)
+    batch.advantage[:2] = 0
+    assert eapo.credit_by_rule(run, batch) == {}
 
 
 def test_the_problems_with_the_most_doubt_are_chosen_once(monkeypatch):
@@ -3261,6 +3324,16 @@ def test_a_stop_in_the_warm_up_ends_it_without_a_model(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "responses.jsonl"]
 
 
+def test_a_finished_run_that_is_resumed_stays_as_it_is(a_copy, undisturbed, monkeypatch):
+    """Its last step was saved and evaluated: nothing is done again, and no response is lost."""
+    before = (a_copy / "metrics.jsonl").read_text()
+    assert read_rows(a_copy / "responses.jsonl")[-1]["step"] == 4
+    run = run_toy(monkeypatch, ["--resume", a_copy])
+    assert run.done == 4
+    assert (a_copy / "metrics.jsonl").read_text() == before
+    assert_same_run(a_copy, undisturbed)
+
+
 def test_resuming_with_other_settings_is_refused(a_copy, tmp_path):
     """What does not change the result may differ; no other setting, and nothing impossible."""
     for flag, value in [("--seed", "5"), ("--learning-rate", "1.0"), ("--method", "grpo"),
@@ -3443,7 +3516,7 @@ def test_memory_is_counted_before_a_weight_is_read(
     assert f"{state:.2f} for weights, gradients and moments, {copy:.2f} for the copy" in said
     assert f"{needed + 0.01:.2f} may be used" in said
     with pytest.raises(SystemExit, match="does not fit: use more --gpus, --offload, or a smaller"):
-        eapo.check_memory(cfg, Machine(cfg, size, (needed - 0.01) * 1e9, gpus))
+        eapo.load_model(cfg, Machine(cfg, size, (needed - 0.01) * 1e9, gpus))
 
 
 def test_what_is_offloaded_must_fit_the_machine(paper_model, monkeypatch):
