@@ -13,8 +13,9 @@ H. Tokens drawn where it was unsure get a little more credit or blame, the other
     A^CA_t  = A + alpha sign(A) score_t                            takes the place of A in (2)  (7)
 
 (1) and (2) are GRPO, with the asymmetric clip of DAPO; (6) and (7) make it EAPO. The equation
-numbers are the paper's, except for (1), which it does not number. In the code a mean is a sum with
-weights that add up to 1: see `token_weights`.
+numbers are the paper's, except for (1), which it does not number; (3) to (5) are not needed here,
+and (8) and (9) are in part 7. In the code a mean is a sum with weights that add up to 1: see
+`token_weights`.
 
 The letters, here and in the code. In shapes, n and m are some of the N rows, of a mini-batch and of
 a micro-batch, and M counts tokens taken from several rows.
@@ -214,7 +215,7 @@ def group_advantages(rewards, group_size):
 
     rewards (N,) -> advantages (N,); std divides by G - 1. The mean of the group stands in for a
     learned value network. If all G rewards are equal, as when all responses are right, every
-    advantage is 0: such a group teaches nothing, and `collect_rollouts` keeps it out of the update.
+    advantage is 0: such a group teaches nothing, and is kept out of the update (`Batch.kept`).
     """
     r = rewards.reshape(-1, group_size)                                         # (B, G)
     mean = r.mean(dim=1, keepdim=True)                                          # (B, 1)
@@ -228,7 +229,7 @@ def entropy_mean_and_std(H, mask, group_size):
 
     H (N, T) in nats, mask (N, T) -> mu_H (N, 1), sigma_H (N, 1), the same in all rows of a group.
     Tokens are pooled over the group, so a long response weighs more than a short one. sigma_H
-    divides by the tokens less 1, and has 1e-6 added for a group whose entropies are all the same.
+    divides by the number of tokens minus 1, and has 1e-6 added, as H may be the same everywhere.
     """
     B = len(H) // group_size
     inside = mask.reshape(B, -1)                                                # (B, G * T)
@@ -312,8 +313,9 @@ def policy_loss(logp, old_logp, A, weight, clip_low, clip_high, clip_c):
         L = - sum_t weight_t * min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t)       (2)
 
     logp, old_logp: log-probabilities of the tokens under pi_theta and pi_old; A: their credit;
-    weight: the mask, or any other weights that are 0 outside it; all (N, T) -> scalar. The result
-    is a sum, so micro-batches can be added, and a mean if all their weights add up to 1.
+    weight: the mask, or any other weights that are 0 outside it; all (N, T) -> scalar. It is a sum,
+    so the losses of micro-batches can be added. If the weights of a whole mini-batch add up to 1,
+    their total is a mean.
     """
     rho = (logp - old_logp).exp()                       # (N, T), about 1 on the first mini-batch
     rho_clipped = rho.clamp(1 - clip_low, 1 + clip_high)                        # (N, T)
@@ -378,7 +380,7 @@ def train(cfg):
         # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
-        if run.stopped:         # by Ctrl-C, for example: this step is abandoned
+        if run.stopped:         # by Ctrl-C, now or in an evaluation: this step is abandoned
             break
 
         # Credit each response against its group, and then each token by its entropy (or by another
@@ -404,7 +406,8 @@ def train(cfg):
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
                 sums["loss"] += float(loss.detach())
-            sums["grad_norm"] += clip_gradient(run)     # its norm, to 1
+            norm = clip_gradient(run)                   # it is scaled to a norm of at most 1
+            sums["grad_norm"] += norm
             sums["updates"] += 1
             run.optimizer.step()
             run.optimizer.zero_grad()
@@ -679,8 +682,8 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     run.stopped = any(world.gather(world.signalled))
     if run.stopped:
         return None
-    # On GPUs, in bf16, old_logp and H are replaced by the policy's ("credit" needs neither). In
-    # fp32 the sampler's will do, and only training compares them, on one response.
+    # In bf16, on GPUs, `rescore` replaces old_logp and H by the policy's ("credit" needs neither).
+    # In fp32 it only measures, in training and on one response, whether they agree.
     if name == "train" or (world.bf16 and name != "credit"):
         rescore(run, batch, temperature)
     world.begin("other")
@@ -757,10 +760,11 @@ def score(policy, world, batch, temperature):
 
 # ---- Sampling with slots: continuous batching, as in inference engines such as vLLM. -------------
 #
-# A row of the KV cache is a slot, and holds one response while it is written. Responses differ much
-# in length, and a batch that waits for its longest one leaves most of its rows idle. So, as soon as
-# G slots are free, the next prompt is read (prefill) and its G responses start in them, while the
-# other slots go on where they are. Every decode step adds one token to each slot.
+# The KV cache of a process has slots, each of which holds one response while it is written. As
+# responses differ much in length, a batch that waits for its longest one leaves most of its slots
+# idle. So, as soon as G slots are free, the next prompt is read (prefill), and its G responses
+# start in them, while the other slots go on where they are. Every decode step adds one token to
+# each slot.
 #
 #     slot 0   p p p p r r r |        p   key and value of a prompt token
 #     slot 1   p p p p r r r |        r   of a response token
@@ -796,10 +800,10 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
 
     # What is given for each: its limit, the position of its last prompt token, and random numbers.
-    # Row N looks like a response of at most 1 token to a prompt of 1 token: an idle slot writes at
-    # position 0 of its cache, has finished, and so stays idle.
+    # Row N is a dummy: a response of at most 1 token to a prompt of 1 token. So in every step an
+    # idle slot writes at position 0 of its cache, has finished, and stays idle.
     limit = torch.tensor([n for n in limits for _ in range(G)] + [1], device=device)
-    last = torch.tensor([len(p) - 1 for p in prompts for _ in range(G)] + [0], device=device)
+    prompt_end = torch.tensor([len(p) - 1 for p in prompts for _ in range(G)] + [0], device=device)
     u = torch.zeros(N + 1, max_tokens)
     for i, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -839,7 +843,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         # Decode: one more token in every slot. (On a GPU, launching kernels one by one takes most
         # of this time. A CUDA graph would belong here, with `width` fixed.)
         t = length[row]                                 # how many tokens the rows have so far
-        position = last[row] + t                        # where `newest` belongs in its slot
+        position = prompt_end[row] + t                  # where `newest` belongs in its slot
         width = int(position.max()) + 1                 # no slot in use is filled further
         for layer in cache.layers:
             layer.position = position
@@ -866,7 +870,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         responses.append(ids[:n].tolist())
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
     T = batch.mask.shape[1]
-    batch.old_logp = logp[:N, :T].cpu().clone()         # no view: processes exchange whole tensors
+    batch.old_logp = logp[:N, :T].cpu().clone()         # of a view, processes would send the whole
     batch.H = H[:N, :T].cpu().clone()
     ended = [ids != [] and ids[-1] in stop_ids for ids in responses]
     batch.ended = torch.tensor(ended, dtype=torch.bool)
@@ -1077,15 +1081,15 @@ def micro_batches(run, batch):
     are about equally large. In the last round some may be empty.
     """
     world = run.world
-    tokens = world.microbatch_tokens
+    budget = world.microbatch_tokens                    # tokens of a piece
     lengths = batch.prompt_len + batch.response_len                             # (N,)
-    pieces = micro_batch_rows(lengths, tokens)
+    pieces = micro_batch_rows(lengths, budget)
     # With 5 pieces for 3 processes, one would be idle in the second round. So make the pieces
     # smaller, as long as the number of rounds stays the same.
     rounds = math.ceil(len(pieces) / world.size)
-    while world.size > 1 and tokens > lengths.max():
-        tokens = int(0.9 * tokens)
-        smaller = micro_batch_rows(lengths, tokens)
+    while world.size > 1 and budget > lengths.max():
+        budget = int(0.9 * budget)
+        smaller = micro_batch_rows(lengths, budget)
         if len(smaller) > rounds * world.size:
             break
         pieces = smaller
@@ -1308,7 +1312,7 @@ def word_problems(split):
 def addition_kinds(tokens):
     """What does each token of a column addition decide?  strings -> names, one per token
 
-    "order": which digit of the column comes first. "carry": whether +1 or = follows the two digits,
+    "order": which digit of the column comes first. "carry": the token after the two digits, + or =,
     in all columns but the first, which has nothing to carry. "letter": chatter. "rest": the others.
     """
     kinds = []
@@ -1332,8 +1336,8 @@ def addition_kinds(tokens):
 
 # The built-in tasks. To add one, write a function like `addition`, which makes the problems of a
 # split, "train", "eval" or "warmup", with worked solutions for the last, and enter it here. If the
-# verifier does not suit, give its problems a check of their own. The tiny model knows only the
-# characters in `tiny_model`.
+# verifier does not suit, give the problems a check, (text, answer) -> bool. The tiny model knows
+# only the characters in `tiny_model`.
 TASKS = {"addition": addition, "chatter": chatter, "words": word_problems}
 KINDS = {"addition": addition_kinds, "chatter": addition_kinds}     # for the table of part 8
 
@@ -1341,7 +1345,7 @@ KINDS = {"addition": addition_kinds, "chatter": addition_kinds}     # for the ta
 def load_problems(run, source, split):
     """The problems of a task, a file or a hub data set, with their prompts as tokens.
 
-    split: train, eval, or warmup, where each needs a worked solution, and no answer.
+    split: train, eval, or warmup, which needs a worked solution for each, and no answer.
     """
     if source in TASKS:
         problems = TASKS[source](split)
@@ -1551,11 +1555,14 @@ def measure(run, batch, sums):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 8. Credit, measured. The paper proves that entropy bounds what a token can tell about whether
-# the response will be right: I(o_t; r | s_t) <= H_t (Proposition 1). Where sampling is cheap, I can
-# be measured: stop before a token, put each likely token in its place, and finish the response many
-# times. I says how much a token decided; the true advantage says for better or for worse, and it is
-# what the credit of a rule should resemble.
+# Part 8. Credit, measured. How much does a token tell about whether the response will be right? At
+# most as much as was undecided before it (the paper's Proposition 1):
+#
+#     I(o_t; r | s_t) = H_t - H(o_t | s_t, r) <= H_t
+#
+# Where sampling is cheap, I, the true credit, can be measured: stop before a token, put each likely
+# token in its place, and finish the response many times. I has no direction. The true advantage
+# says whether a token was for the better, and is what the credit of a rule should resemble.
 # --------------------------------------------------------------------------------------------------
 
 class Branch(NamedTuple):
@@ -1675,10 +1682,10 @@ def value_and_information(pi, values, n):
     pi, values: one number per token; a value is a mean over n continuations.
     """
     def h(x, variance):
-        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). We
-        # add that. For one V(s, v) it is 1 / (2 n), for V(s), which pools several, less: without
-        # it, I would be too high. Noise remains, and can make an I negative; so does an error of up
-        # to .3 / n where V is near 0 or 1.
+        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)): for
+        # one V(s, v) that is 1 / (2 n), and for V(s), which pools several, less. So I would come
+        # out too high. We add to each what it lacks. What remains, noise and an error of up to
+        # .3 / n where V is near 0 or 1, can make an I negative.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
@@ -1779,12 +1786,14 @@ def credit_by_rule(run, batch):
 
 # --------------------------------------------------------------------------------------------------
 # Appendix A. The verifier: does the last \boxed{} of a response hold the gold answer? One value has
-# many spellings, like 1/2, 0.5 or \frac{2}{4}, so this is a calculator. It takes three steps.
+# many spellings, like 1/2, 0.5 or \frac{2}{4}, so this is a calculator. It takes four steps.
 # --------------------------------------------------------------------------------------------------
 #
-#     scan            characters to tokens    \dfrac12x  ->  \frac 12 x
-#     read_answer     tokens to values        an operator-precedence (Pratt) parser: 1/2 times x
-#     values_agree    values to a verdict     exact, unless a root, \pi or a decimal is involved
+#     scan            characters to tokens    y = 2\dfrac12  ->  y = 2 \frac 12
+#     split_name      no name in front        2 \frac 12
+#     read_answer     tokens to values        2 + 1/2, by an operator-precedence (Pratt) parser
+#     values_agree    values to a verdict     5/2 is 2.5: exact, unless a root, \pi or the like, or
+#                                             a rounded decimal is involved
 #
 # It needs no algebra. To see that (x+1)^2 is x^2+2x+1, compute both at a few x. Two different
 # polynomials of degree d agree at no more than d values of x. If x is drawn from 996 numbers, they
@@ -1794,15 +1803,15 @@ def credit_by_rule(run, batch):
 #
 # Conventions:
 # - Ignored: spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
-#   name in front (AB = 5, f(x) = 2x), degrees, units at the end, and a base that only the gold
-#   states (204_5).
+#   name in front (AB = 5, f(x) = 2x) unless the other answer has another name, degrees, units at
+#   the end, and a base that only the gold states (204_5).
 # - Not ignored: the order in points, the kind of brackets, repeated elements, other letters (4abcd
 #   is a product), and a variable that cancels (5+0x is not 5).
 # - Two readings: 1,234 is a number or a list, 50% is 50 or 1/2.
 # - A gold with a decimal of three or more significant digits stands for what rounds to it, within
 #   0.11%: for 16.67, 50/3 is right. An answer may be rounded by 2e-6, so 16.67 is wrong for 50/3.
-# - Values are judged: 2+2 is as right as 4. What cannot be read (|x|, n!) only equals the same
-#   tokens.
+# - \log is \ln. Values are judged: 2+2 is as right as 4. What cannot be read (|x|, n!) only equals
+#   the same tokens.
 
 LONGEST_ANSWER = 500    # characters: work is bounded before it is done, so no time-out is needed
 MOST_TOKENS = 120       # of an answer; longer ones only equal the same tokens
@@ -1842,8 +1851,8 @@ DIGITS = digits + "."   # what a number starts with
 END = "end"             # of the answer
 UNREADABLE = (ArithmeticError, ValueError, TypeError, RecursionError)   # TypeError: a list in a sum
 
-# How tightly symbols bind, the last ones tightest. A symbol that is not listed is a factor without
-# a sign, like x in 2x. The argument of a function goes on over factors, and ends before + - * / and
+# How tightly symbols bind, the last ones tightest. A symbol that is not listed is a factor, like x
+# in 2x. The argument of a function goes on over factors, and ends before + - * / and
 # before another function.
 LEVELS = [r"end % ) ] } \end", r"\\", "&", ",", "= ≠ < ≤ > ≥", ":", "+ -", "* /"]
 STRENGTH = {symbol: n for n, symbols in enumerate(LEVELS) for symbol in symbols.split()}
@@ -1975,7 +1984,7 @@ def scan(text, comma, is_prose=False):
         text = text.replace(other, spelling)
     text = text.strip("$ \n").removesuffix(".")
     # Three letters in a row, or capitals alone, are a word: no solution, YES, but not xy.
-    longest = max(map(len, text.replace(",", " ").split()), default=0)
+    longest = max(map(len, text.replace(",", " ").replace("-", " ").split()), default=0)
     if longest > 2 or text.isupper() or text.lower() == "no":
         is_prose = is_prose or set(text) <= set(ascii_letters + " ,.'-")
     # Points, intervals and sets hold no commas for thousands.
@@ -2355,7 +2364,7 @@ def read_data_set(source, split):
     validation for evaluation, else train.
     """
     name, *parts = source.split(":")
-    if os.path.exists(source):                          # the path itself has a colon, as C:\\data
+    if os.path.exists(source):                          # the path itself has a colon, as C:\data
         name = source
         parts = []
     saved = [os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json")]
@@ -2605,7 +2614,7 @@ def load_checkpoint(run):
                        optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
-    if run.done == 0:           # to save an unused optimizer, torch made it take an empty step
+    if run.done == 0:           # `checkpoint_state` made the unused optimizer take an empty step
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
     if os.path.exists(f"{run.out}/.page.json"):         # absent if no evaluation was finished
@@ -3048,7 +3057,7 @@ def printable(text):
 
 
 def outcome(run, name):
-    """What came of a run: the first and the last evaluation of a set, in words."""
+    """The outcome of a run: the first and the last evaluation of a set, in words."""
     avg = f"avg@{run.cfg.eval_samples}"
     rows = [row for row in run.history if f"eval/{name}/{avg}" in row]
     if not rows:
@@ -3153,7 +3162,7 @@ def shown(text):
 
 
 def show_responses(run, step, problem, group):
-    """Make a section of the page, four responses to a problem, and keep it in run.page.
+    """Make a section of the page, up to four responses to a problem, and keep it in run.page.
 
     group: a Batch of all responses to the problem with advantages, and with V and I if measured.
     """
@@ -3250,9 +3259,9 @@ def write_page(run):
 </fieldset>
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
 within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
-verdict it removed. Both are in nats; in theory I is at most H, measured it has an error. Below each
-token: the credit that a rule would give it, <i class="up key"></i> up or <i class="down key"></i>
-down.
+verdict it removed. Both are in nats; in theory I is at most H, but a measured I is noisy. Below
+each token: the credit that a rule would give it, <i class="up key"></i> up or
+<i class="down key"></i> down.
 Forks, with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token,
 tap it, or press Tab for its numbers; p is its probability, V the chance of a right answer just
 before it.</p>
@@ -3269,8 +3278,8 @@ EVAL_FLAGS = ("model", "eval_data", "eval_samples", "eval_temperature", "eval_to
 
 
 def command(cfg, names=()):
-    """The command of a run: those of the named settings that differ from the defaults for its model
-    (of all but --resume, if none is named)."""
+    """The command of a run, with those of the named settings that differ from the defaults for its
+    model. names=(): all settings but --resume."""
     words = "python eapo.py"
     usual = asdict(Config(**preset(cfg.model)))
     for name, x in asdict(cfg).items():
