@@ -136,7 +136,8 @@ class Config:
                               "probability; 1: from all")
 
     method: str = flag("eapo", "rule of credit: eapo, grpo, forking, entroadv or w-reinforce; dapo "
-                               "is grpo with --resample 2 --overlong 0.2", "credit and loss")
+                               "is grpo with --overlong 0.2 (and --resample above 0)",
+                       "credit and loss")
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives grpo's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi; must be greater than alpha")
     quadrants: str = flag("", "of PHR,PLR,NLR,NHR (part 2): credit only to tokens in these "
@@ -157,9 +158,9 @@ class Config:
     eval_samples: int = flag(4, "responses per problem: the k of Avg@k and Pass@k")
     eval_temperature: float = flag(0.6, "sampling temperature in evaluations; 0: greedy")
     eval_top_p: float = flag(0.95, "--top-p in evaluations")
-    credit_problems: int = flag(0, "held-out problems in which true credit is measured, at the "
-                                   "first and the last step, with at most 1600 continuations per "
-                                   "problem on average (part 8)")
+    credit_problems: int = flag(0, "held-out problems in which true credit is measured, in the "
+                                   "evaluations before the first and after the last step, with at "
+                                   "most 1600 continuations per problem on average (part 8)")
     eval_only: bool = flag(False, "only evaluate, for instance with --model FOLDER/model")
 
     gpus: int = flag(0, "GPUs of this machine to use; 0: all", "the machine")
@@ -380,7 +381,9 @@ def train(cfg):
         # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
-        if run.stopped:         # by Ctrl-C, now or in an evaluation: this step is abandoned
+        # A signal such as Ctrl-C ends the run here, one in an evaluation too, since sampling then
+        # stops at once. This step is abandoned.
+        if run.stopped:
             break
 
         # Credit each response against its group, and then each token by its entropy (or by another
@@ -682,9 +685,9 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     run.stopped = any(world.gather(world.signalled))
     if run.stopped:
         return None
-    # In bf16, on GPUs, `rescore` replaces old_logp and H by the policy's ("credit" needs neither).
-    # In fp32 it only measures, in training and on one response, whether they agree.
-    if name == "train" or (world.bf16 and name != "credit"):
+    must_replace = world.bf16 and name != "credit"      # old_logp and H, by the policy's
+    must_compare = name == "train"
+    if must_replace or must_compare:
         rescore(run, batch, temperature)
     world.begin("other")
 
@@ -800,8 +803,9 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
 
     # What is given for each: its limit, the position of its last prompt token, and random numbers.
-    # Row N is a dummy: a response of at most 1 token to a prompt of 1 token. So in every step an
-    # idle slot writes at position 0 of its cache, has finished, and stays idle.
+    # The dummy row N has prompt_end 0, limit 1, and a length that is set back to 0 in every step.
+    # So an idle slot writes at position 0 of its cache, has finished, as 0 + 1 is the limit, and
+    # stays idle.
     limit = torch.tensor([n for n in limits for _ in range(G)] + [1], device=device)
     prompt_end = torch.tensor([len(p) - 1 for p in prompts for _ in range(G)] + [0], device=device)
     u = torch.zeros(N + 1, max_tokens)
@@ -855,7 +859,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         tokens[row, t] = token
         logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
         length[row] = t + 1
-        length[N] = 0                                   # or idle slots would move on
+        length[N] = 0                                   # the dummy row does not grow
 
         newest = token
         finished = torch.isin(token, stop) | (t + 1 == limit[row])
@@ -1042,16 +1046,17 @@ def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
     logits, several times over with gradients. So tokens go through the head a chunk at a time, and
     `checkpoint` keeps nothing of a chunk: backward computes its logits again.
     """
-    def through_head(h, o):
-        return log_prob_and_entropy(h @ head.T, o, temperature)
+    def through_head(some_hidden, some_tokens):
+        return log_prob_and_entropy(some_hidden @ head.T, some_tokens, temperature)
 
     chunk = max(1, LOGITS_AT_ONCE // len(head))                                 # tokens
     if len(hidden) <= chunk:                            # nothing to save
         return through_head(hidden, tokens)
     logps = []
     entropies = []
-    for h, o in zip(hidden.split(chunk), tokens.split(chunk)):
-        logp, H = checkpoint(through_head, h, o, use_reentrant=False, preserve_rng_state=False)
+    for some_hidden, some_tokens in zip(hidden.split(chunk), tokens.split(chunk)):
+        logp, H = checkpoint(through_head, some_hidden, some_tokens, use_reentrant=False,
+                             preserve_rng_state=False)
         logps.append(logp)
         entropies.append(H)
     return torch.cat(logps), torch.cat(entropies)                               # (M,) both
@@ -1085,15 +1090,15 @@ def micro_batches(run, batch):
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, budget)
     # With 5 pieces for 3 processes, one would be idle in the second round. So make the pieces
-    # smaller, as long as the number of rounds stays the same.
-    rounds = math.ceil(len(pieces) / world.size)
+    # smaller, as long as there are no more than `most`, which the same rounds can hold.
+    most = math.ceil(len(pieces) / world.size) * world.size
     while world.size > 1 and budget > lengths.max():
         budget = int(0.9 * budget)
         smaller = micro_batch_rows(lengths, budget)
-        if len(smaller) > rounds * world.size:
+        if len(smaller) > most:
             break
         pieces = smaller
-    pieces += [torch.arange(0)] * (rounds * world.size - len(pieces))
+    pieces += [torch.arange(0)] * (most - len(pieces))
     for rows in pieces[world.rank::world.size]:
         yield batch.rows(rows).to(world.device)
 
@@ -1131,8 +1136,8 @@ def clip_gradient(run):
 def warm_up(run):
     """Supervised warm-up: imitate worked solutions, so that RL has right responses to reinforce.
 
-    RL can only reinforce what the model already does now and then. The loss is the mean of -log p
-    over the tokens of the solutions, their stop tokens included.
+    RL can only reinforce what the model already does now and then. The loss is the mean of -log p,
+    at --temperature, over the tokens of the solutions, their stop tokens included.
     """
     cfg = run.cfg
     world = run.world
@@ -1506,9 +1511,9 @@ def measure(run, batch, sums):
         entropy                     mean over their tokens, nats
         response_tokens, response_length, truncated         their sum, their mean, share cut off
         groups                      sampled
-        groups_all_right, groups_all_wrong                  of these, which teach nothing
+        groups_all_right, groups_all_wrong                  how many of these teach nothing
         loss, grad_norm             means over the optimizer steps
-        clip_fraction               share of the tokens learned from whose gradient a clip made 0
+        clip_fraction               share of the tokens learned from that a clip left no gradient
         sampler_gap                 mean |log pi_sampler - log pi_policy|, nats, where measured
         seconds, seconds_PHASE, tokens_per_second           of the step without its evaluation
         peak_memory_bytes           of this GPU
@@ -1555,14 +1560,15 @@ def measure(run, batch, sums):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 8. Credit, measured. How much does a token tell about whether the response will be right? At
-# most as much as was undecided before it (the paper's Proposition 1):
+# Part 8. Credit, measured. How much does a token o_t tell about r, whether the response will be
+# right? As much as it takes from the doubt about r, and at most as much as was undecided before it:
 #
-#     I(o_t; r | s_t) = H_t - H(o_t | s_t, r) <= H_t
+#     I(o_t; r | s_t) = H(r | s_t) - H(r | s_t, o_t) = H_t - H(o_t | s_t, r) <= H_t
 #
-# Where sampling is cheap, I, the true credit, can be measured: stop before a token, put each likely
-# token in its place, and finish the response many times. I has no direction. The true advantage
-# says whether a token was for the better, and is what the credit of a rule should resemble.
+# The second form is the paper's Proposition 1. The first can be measured where sampling is cheap:
+# stop before a token, put each likely token in its place, and finish the response many times. I,
+# the true credit, has no direction. The true advantage says whether a token was for the better, and
+# is what the credit of a rule should resemble.
 # --------------------------------------------------------------------------------------------------
 
 class Branch(NamedTuple):
@@ -1614,9 +1620,9 @@ def true_credit(run, batch, problems, budget, n=16):
     right = batch_of_rests.right.reshape(-1, n).float()                         # (branches, n)
     value = dict(zip(branches, right.mean(dim=1)))      # V(s, v)
 
-    # 3. Apply the formulas, from the end of a response to its beginning. After the last decision V
-    # is the verdict. Every decision then sets V for all tokens up to its own, and those before it
-    # overwrite the beginning: between two decisions, V is that of the later one.
+    # 3. Apply the formulas. Between two decisions nothing changes, so V is that of the next one;
+    # after the last it is the verdict. So go backwards: each decision fills 0 to t with its V, and
+    # earlier ones overwrite their own, shorter stretch.
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -1645,7 +1651,7 @@ def find_decisions(run, batch, i):
     row = batch.rows([i]).to(lm.device)
     number = int(row.number)
     start = int(row.prompt_len)
-    logits = lm(row.ids).logits[0, start - 1:-1].float()                        # (T, V)
+    logits = lm(row.ids).logits[0, start - 1:-1].float()            # (T, vocabulary)
     p = (logits / run.cfg.eval_temperature).softmax(dim=-1).cpu()
     top = p.topk(4).indices.tolist()                                            # (T, 4) tokens
     found = []
@@ -1851,12 +1857,13 @@ DIGITS = digits + "."   # what a number starts with
 END = "end"             # of the answer
 UNREADABLE = (ArithmeticError, ValueError, TypeError, RecursionError)   # TypeError: a list in a sum
 
-# How tightly symbols bind, the last ones tightest. A symbol that is not listed is a factor, like x
-# in 2x. The argument of a function goes on over factors, and ends before + - * / and
-# before another function.
+# How tightly symbols bind: STRENGTH is the place in LEVELS, and what is at 0 closes an expression.
+# A symbol that is not listed binds tightest: it is a factor, like x in 2x. The argument of a
+# function goes on over factors, and ends before + - * / and before another function.
 LEVELS = [r"end % ) ] } \end", r"\\", "&", ",", "= ≠ < ≤ > ≥", ":", "+ -", "* /"]
 STRENGTH = {symbol: n for n, symbols in enumerate(LEVELS) for symbol in symbols.split()}
 SUM = STRENGTH["+"]
+JOINS = {symbol for symbol, n in STRENGTH.items() if 0 < n <= SUM}      # + - : = , and so on
 STRENGTH.update(dict.fromkeys(FUNCTIONS, STRENGTH["*"]))
 
 
@@ -1906,8 +1913,9 @@ def same_meaning(ours, gold):
     gold_name, gold_value = split_name(gold)
     if our_name and gold_name and our_name != gold_name:
         return False
-    # If one side is an equation, its names are needed: y = 2x is 2y = 4x. But a gold x = 3 is
-    # compared as 3, so 2x = 6 is wrong: it may just repeat the problem.
+    # Compare both whole if the gold is an equation, or ours is one and the gold has variables: for
+    # y = 2x, 2y = 4x is right. But a gold x = 3 is compared as 3, so 2x = 6 is wrong: it may just
+    # repeat the problem.
     if "=" in gold_value or ("=" in our_value and any(map(is_variable, gold_value))):
         our_value = ours
         gold_value = gold
@@ -1940,24 +1948,30 @@ def answer_in_words(text):
 
 
 def split_name(tokens):
-    r"""The name in x_1 = 5, AB = 5 or f(x) = 2x, and the tokens without it. Equations have none."""
+    """The name in front of an answer, as in x_1 = 5, and the tokens without it. Equations, such as
+    2x = 6 or x = 5x, have none."""
+    # As one text, in which a name that comes again, as in x = 1 or x = 2, is easily replaced.
     name, _, rest = " ".join(["", *tokens]).partition(" = ")
-    # In x = 1 or x = 2 the name comes again.
     value = rest.replace(name + " = ", " ").split()
-    # A name is a variable (x_1), capitals (AB), words ("area") or nothing, and perhaps arguments:
-    # (x) or (x,y), and after a symbol also (2), but nothing to compute.
-    symbol, _, arguments = name.replace(" ", "").partition("(")
+    is_equation = "=" in value or name.strip() in value
+    if value and is_name(name.split()) and not is_equation:
+        return name, value
+    return "", tokens
+
+
+def is_name(tokens):
+    r"""Whether they are a name. Yes: x_1, \theta, AB, "area, f(x), f(2), (x,y), and nothing at all.
+    No: 2x, xy, x+1, f(x+1), (2,3)."""
+    symbol, _, arguments = "".join(tokens).partition("(")
     letters = symbol.replace('"', "")
     is_word = letters.isalpha() and (letters.isupper() or symbol.startswith('"'))
-    is_name = is_word or symbol == "" or (symbol in tokens and is_variable(symbol))
+    # A variable is one token: xy is a product.
+    is_symbol = is_word or symbol == "" or (symbol in tokens and is_variable(symbol))
+    # Arguments are not computed, and a symbol must say what numbers are the arguments of.
     allowed = ascii_letters + r'\_,)"' + (digits if symbol else "")
     is_plain = set(arguments) <= set(allowed)
     is_closed = arguments == "" or arguments.find(")") == len(arguments) - 1
-    # x = 5x is an equation in x, not a value with a name.
-    is_equation = "=" in value or symbol in value
-    if value and is_name and is_plain and is_closed and not is_equation:
-        return name, value
-    return "", tokens
+    return is_symbol and is_plain and is_closed
 
 
 def rounding_error(tokens, most):
@@ -1966,7 +1980,7 @@ def rounding_error(tokens, most):
     # In sums, lists and relations a decimal is not taken as rounded. A + or - that follows a
     # bracket or ^ is a sign, and makes no sum.
     for before, token in zip(tokens, tokens[1:]):
-        if 0 < STRENGTH.get(token, 0) <= SUM and before not in ("(", "{", "^"):
+        if token in JOINS and before not in ("(", "{", "^"):
             return 0
     decimals = [token.partition("e")[0] for token in tokens if token[0] in DIGITS and "." in token]
     if len(decimals) != 1 or decimals[0].endswith(".0"):        # 142.0 is not rounded
@@ -1993,10 +2007,7 @@ def scan(text, comma, is_prose=False):
     letters = ascii_letters + "/" if is_prose else ascii_letters        # km/h
     tokens = []
     while text:
-        # A run of letters, a command like \frac or \{, or else one character.
-        piece = run_in_front(text, letters) or text[0]
-        if piece == "\\":
-            piece += run_in_front(text[1:], ascii_letters) or text[1:2]
+        piece = next_piece(text, letters)
         rest = text[len(piece):]
         token = SPELLED.get(piece, piece)
         if piece in DIGITS:
@@ -2012,14 +2023,24 @@ def scan(text, comma, is_prose=False):
         elif token.strip() in IGNORED:
             pass
         elif token[0] not in ascii_letters:
+            # +, \frac, °
             tokens.append(token)
         elif piece in UNITS or (is_prose and (len(piece) > 1 or piece in TEXT_UNITS)):
             word = token if token.isupper() else token.lower()
             tokens.append('"' + word)
         else:
+            # xy is x times y.
             tokens += list(piece)
         text = rest
     return tokens
+
+
+def next_piece(text, letters):
+    r"""What a text begins with: a run of letters, a command like \frac or \{, or one character."""
+    piece = run_in_front(text, letters) or text[0]
+    if piece == "\\":
+        piece += run_in_front(text[1:], ascii_letters) or text[1:2]
+    return piece
 
 
 def run_in_front(text, characters):
@@ -2075,7 +2096,7 @@ def read_answer(tokens, percent):
         raise ValueError("too many tokens")
     # The parser takes tokens from a stack: the next one is the last.
     stack = [END, *reversed(tokens)]
-    # Only a product may end in %: the higher floor refuses 2 + 3%.
+    # Only a product may end in %. With the higher floor, 2 + 3% is read up to the +, and refused.
     value = read_expression(stack, SUM if "%" in tokens else 0)
     if stack[-1] == "%":
         stack.pop()
@@ -2287,7 +2308,7 @@ def problems_from_rows(source, rows, wanted):
         else:
             problem.answer = gold_answer(value, where)
             text = str(problem.answer)
-            # A worked solution, of more than a few words, must box its answer.
+            # A `solution` may be a bare answer, or be worked out; then it must have a box.
             has_answer = len(text.split()) <= 5 or extract_answer(text) is not None
             if columns[wanted] == "solution" and not has_answer:
                 continue
@@ -2372,6 +2393,7 @@ def read_data_set(source, split):
         splits = datasets.load_from_disk(name)
     else:
         config = None
+        # ID:X names a configuration if there is one called X, else a split; ID:X:Y names both.
         if len(parts) > 1 or (parts and parts[0] in datasets.get_dataset_config_names(name)):
             config = parts.pop(0)
         splits = datasets.load_dataset(name, config)
@@ -2508,8 +2530,8 @@ class World:
 def shard(policy, world, offload):
     """Make the weights of the policy fp32 and cut them over the processes, layer by layer (FSDP2).
 
-    A layer's full weights exist, in bf16 on GPUs, only while it computes. On GPUs its activations
-    are not kept, but computed again in backward.
+    A layer's full weights exist, in bf16 on GPUs, only while it computes (embedding and head: from
+    the forward to the backward pass). On GPUs its activations are not kept, but computed again.
     """
     if not world.sharded:
         return policy.to(world.device)
@@ -2614,12 +2636,15 @@ def load_checkpoint(run):
                        optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
-    if run.done == 0:           # `checkpoint_state` made the unused optimizer take an empty step
+    # To have moments to save, torch made an unused optimizer take an empty step. Start afresh.
+    if run.done == 0:
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
     if os.path.exists(f"{run.out}/.page.json"):         # absent if no evaluation was finished
         with open(f"{run.out}/.page.json", encoding="utf-8") as file:
             run.page = json.load(file)
+        if run.page["step"] > run.done:                 # this evaluation will be done again
+            run.page.pop("latest", None)
 
     # What comes after the checkpoint will be done again: take it out of the logs, and with it the
     # responses of an evaluation that was cut short.
@@ -3398,7 +3423,7 @@ def preset(model):
     return {}
 
 
-# Settings that do not change a step, and so may differ when a run is resumed.
+# Settings that do not change what a step computes, and so may differ when a run is resumed.
 MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens"}
 
 

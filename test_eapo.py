@@ -3103,7 +3103,8 @@ def test_a_world_takes_the_process_group_that_is_there(process_group, monkeypatc
 def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
         undisturbed, tmp_path, monkeypatch):
     """kill -9 in step 4, each of 16 responses, when the last checkpoint is that of step 2: step 3
-    is done again, and its metrics and the responses of its evaluation stand there once."""
+    is done again, and its metrics and the responses of its evaluation stand there once. Until then
+    the page shows the base alone."""
     out = tmp_path / "run"
     at_call = 3 * 16 + 5
     (killed,) = start([*SMALL, "--out", out], interrupt=signal.SIGKILL, at_call=at_call)
@@ -3111,7 +3112,16 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
     assert killed.returncode == -signal.SIGKILL
     assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [0, 1, 2, 3]
     assert os.listdir(out / "checkpoint") == ["step-000002"]
+    pages = []
+    load = eapo.load_checkpoint
+
+    def load_and_look(run):
+        load(run)
+        pages.append(dict(run.page))
+    monkeypatch.setattr(eapo, "load_checkpoint", load_and_look)
     run_toy(monkeypatch, ["--resume", out])
+    assert "base" in pages[0]
+    assert "latest" not in pages[0]
     assert_same_run(out, undisturbed)
 
 
