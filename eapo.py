@@ -758,6 +758,8 @@ def score(policy, world, batch, temperature):
         t = logp.shape[1]
         all_logp[rows, :t] = logp.cpu()
         all_H[rows, :t] = H.cpu()
+    if isinstance(policy, fsdp.FSDPModule):
+        policy.reshard()                                # or embedding and head would stay whole
     return all_logp, all_H
 
 
@@ -1240,7 +1242,8 @@ def column_addition(a, b, rng, letters):
     total = 0
     for x, y in zip(reversed(f"{a:04}"), reversed(f"{b:04}")):
         # The larger the previous column's sum, the likelier a carry: sigmoid((sum - 12.5) / 1.5).
-        chance = 1 / (1 + math.exp((12.5 - total) / 1.5))
+        previous = total
+        chance = 1 / (1 + math.exp((12.5 - previous) / 1.5))
         carry = bool(columns) and rng.random() < chance
         x, y = rng.sample((x, y), 2)
         total = int(x) + int(y) + carry
@@ -1857,10 +1860,18 @@ DIGITS = digits + "."   # what a number starts with
 END = "end"             # of the answer
 UNREADABLE = (ArithmeticError, ValueError, TypeError, RecursionError)   # TypeError: a list in a sum
 
-# How tightly symbols bind: STRENGTH is the place in LEVELS, and what is at 0 closes an expression.
-# A symbol that is not listed binds tightest: it is a factor, like x in 2x. The argument of a
-# function goes on over factors, and ends before + - * / and before another function.
-LEVELS = [r"end % ) ] } \end", r"\\", "&", ",", "= ≠ < ≤ > ≥", ":", "+ -", "* /"]
+# How tightly symbols bind: STRENGTH is the number of their level. The argument of a function goes
+# on over factors, and ends before + - * / and before another function.
+LEVELS = [
+    r"end % ) ] } \end",            # 0: these close an expression
+    r"\\",                          # 1: rows of a matrix
+    "&",                            # 2: its cells
+    ",",                            # 3: parts of a list, a set, a point
+    "= ≠ < ≤ > ≥",                  # 4
+    ":",                            # 5
+    "+ -",                          # 6: sums
+    "* /",                          # 7: products. An unlisted symbol is a factor, x in 2x, at 8
+]
 STRENGTH = {symbol: n for n, symbols in enumerate(LEVELS) for symbol in symbols.split()}
 SUM = STRENGTH["+"]
 JOINS = {symbol for symbol, n in STRENGTH.items() if 0 < n <= SUM}      # + - : = , and so on
@@ -1950,28 +1961,40 @@ def answer_in_words(text):
 def split_name(tokens):
     """The name in front of an answer, as in x_1 = 5, and the tokens without it. Equations, such as
     2x = 6 or x = 5x, have none."""
-    # As one text, in which a name that comes again, as in x = 1 or x = 2, is easily replaced.
-    name, _, rest = " ".join(["", *tokens]).partition(" = ")
-    value = rest.replace(name + " = ", " ").split()
-    is_equation = "=" in value or name.strip() in value
-    if value and is_name(name.split()) and not is_equation:
+    if "=" not in tokens:
+        return [], tokens
+    end = tokens.index("=")
+    name = tokens[:end]
+    # In x = 1 or x = 2 the name comes again.
+    again = " ".join(["", *name, "="])
+    value = " ".join(["", *tokens[end + 1:]]).replace(again, "").split()
+    is_equation = "=" in value or (name and is_variable(name[0]) and name[0] in value)
+    if value and is_name(name) and not is_equation:
         return name, value
-    return "", tokens
+    return [], tokens
 
 
 def is_name(tokens):
     r"""Whether they are a name. Yes: x_1, \theta, AB, "area, f(x), f(2), (x,y), and nothing at all.
     No: 2x, xy, x+1, f(x+1), (2,3)."""
-    symbol, _, arguments = "".join(tokens).partition("(")
-    letters = symbol.replace('"', "")
-    is_word = letters.isalpha() and (letters.isupper() or symbol.startswith('"'))
-    # A variable is one token: xy is a product.
-    is_symbol = is_word or symbol == "" or (symbol in tokens and is_variable(symbol))
-    # Arguments are not computed, and a symbol must say what numbers are the arguments of.
-    allowed = ascii_letters + r'\_,)"' + (digits if symbol else "")
-    is_plain = set(arguments) <= set(allowed)
-    is_closed = arguments == "" or arguments.find(")") == len(arguments) - 1
-    return is_symbol and is_plain and is_closed
+    if "(" not in tokens:
+        return is_symbol(tokens)
+    start = tokens.index("(")
+    symbol = tokens[:start]
+    arguments = tokens[start + 1:-1]
+    for token in arguments:
+        is_number = token[0] in DIGITS and symbol != []
+        if not (is_number or token == "," or token.startswith('"') or is_variable(token)):
+            return False
+    return tokens[-1] == ")" and is_symbol(symbol)
+
+
+def is_symbol(tokens):
+    """Whether they are nothing, one variable, capitals (AB), or begin with a word ("area AB)."""
+    if tokens == [] or (len(tokens) == 1 and is_variable(tokens[0])):
+        return True
+    text = "".join(tokens)
+    return text.replace('"', "").isalpha() and (text.isupper() or text.startswith('"'))
 
 
 def rounding_error(tokens, most):
@@ -2010,29 +2033,31 @@ def scan(text, comma, is_prose=False):
         piece = next_piece(text, letters)
         rest = text[len(piece):]
         token = SPELLED.get(piece, piece)
-        if piece in DIGITS:
+        if piece in DIGITS:                             # 1,234.5
             token, rest = split_number(text)
             tokens.append(token)
-        elif token == r"\text":
+        elif token == r"\text":                         # \text{ cm}
             content, rest = split_argument(rest)
             tokens += scan(content, comma, is_prose=True)
         elif tokens and (token == "_" or (token == "^" and tokens[-1].startswith('"'))):
-            # x_1 is one token, and so is "cm^2.
-            index, rest = split_argument(rest)
+            index, rest = split_argument(rest)          # one token: x_1, or "cm^2
             tokens[-1] += token + "".join(index.split())
-        elif token.strip() in IGNORED:
+        elif token.strip() in IGNORED:                  # \left
             pass
-        elif token[0] not in ascii_letters:
-            # +, \frac, °
+        elif token[0] not in ascii_letters:             # +, \frac, °
             tokens.append(token)
-        elif piece in UNITS or (is_prose and (len(piece) > 1 or piece in TEXT_UNITS)):
+        elif piece in UNITS or piece + "s" in UNITS or (is_prose and is_word(piece)):
             word = token if token.isupper() else token.lower()
             tokens.append('"' + word)
-        else:
-            # xy is x times y.
+        else:                                           # xy is x times y
             tokens += list(piece)
         text = rest
     return tokens
+
+
+def is_word(piece):
+    """Whether letters in prose are a word or, alone, a unit."""
+    return len(piece) > 1 or piece in TEXT_UNITS
 
 
 def next_piece(text, letters):
@@ -3307,8 +3332,9 @@ def command(cfg, names=()):
     model. names=(): all settings but --resume."""
     words = "python eapo.py"
     usual = asdict(Config(**preset(cfg.model)))
+    wanted = names or usual
     for name, x in asdict(cfg).items():
-        if x != usual[name] and name in (names or usual) and name != "resume":
+        if x != usual[name] and name in wanted and name != "resume":
             words += " " + flag_name(name)
             words += "" if x is True else " " + shlex.quote(str(x))
     return words

@@ -1517,7 +1517,8 @@ def test_the_tiny_model_refuses_what_it_has_no_characters_for(monkeypatch):
 def test_the_check_before_training_counts_right_solutions(capsys):
     problems = [Problem("", "1", "\\boxed{1}"), Problem("", "1", "\\boxed{2}"), Problem("", "1")]
     eapo.check_golds(a_run(), problems)
-    assert "of 2 worked solutions, as the warm-up imitates, 50% are right" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of 2 worked solutions, as the warm-up imitates, 50% are right" in said
 
 
 def test_a_stream_gives_every_problem_once_an_epoch_and_goes_on_from_its_position():
@@ -1667,6 +1668,7 @@ EQUAL = pairs(r"""
     g(t) = t^2 ~ t^2 ;; f(2)=5 ~ 5 ;; a_{10} = 55 ~ 55 ;; \text{B and C} ~ \text{C, B}
     5-3 ~ 5‒3 ;; 10^3 ~ 1000 ;; \cot x ~ \frac{\cos x}{\sin x} ;; \displaystyle AB ~ AB
     x <= 2 ~ x \le 2 ;; x >= 2 ~ x \geq 2 ;; x != 2 ~ x \ne 2 ;; 28 percentage ~ 28\%
+    1 hour ~ 1 ;; 1 hour ~ 1\text{ hours}
     \sin(x) y ~ y\sin x ;; \sin 2x ~ 2\sin x\cos x ;; x = 204_5 ~ 204_5 ;; {1,2} ~ 2,1
     sqrt(2) ~ \sqrt2 ;; \{5\} ~ 5 ;; \text{a circle} ~ a circle
     1 < x \le 2 ~ 1 < x \leq 2 ;; i^2 ~ -1 ;; +5 ~ 5
@@ -2229,8 +2231,8 @@ def test_every_token_of_an_addition_has_a_kind():
 
 
 def test_chatter_has_the_sums_of_addition_and_fits_into_the_response():
-    """The longest solution: 6 + 3 * 8 tokens of columns, 12 letters, 4 spaces, 8 for the box and the
-    stop token: 54 of 64. Without its letters, it is a solution of the same sum."""
+    """The longest solution: 6 + 3 * 8 tokens of columns, 12 letters, 4 spaces, 8 for box and stop
+    token: 54 of 64. Without its letters, it is a solution of the same sum."""
     _, tokenizer = eapo.tiny_model(0)
     plain = eapo.addition("eval")
     chatty = eapo.chatter("eval")
