@@ -2046,13 +2046,18 @@ def scan(text, comma, is_prose=False):
             pass
         elif token[0] not in ascii_letters:             # +, \frac, °
             tokens.append(token)
-        elif piece in UNITS or piece + "s" in UNITS or (is_prose and is_word(piece)):
+        elif is_unit(piece) or (is_prose and is_word(piece)):
             word = token if token.isupper() else token.lower()
             tokens.append('"' + word)
         else:                                           # xy is x times y
             tokens += list(piece)
         text = rest
     return tokens
+
+
+def is_unit(word):
+    """Whether it is a unit, in the singular or the plural, that needs no \\text{}."""
+    return word in UNITS or word + "s" in UNITS
 
 
 def is_word(piece):
@@ -2127,8 +2132,9 @@ def read_answer(tokens, percent):
         stack.pop()
         value = compute_number(truediv, value, [percent] * POINTS)
     while stack[-1].startswith('"'):
-        unit = stack.pop()[1:].partition("^")[0].removesuffix("s")
-        if unit in NO_UNITS or not is_constant(value):
+        word = stack.pop()[1:].partition("^")[0]
+        may_change = word.removesuffix("s") in NO_UNITS or not is_constant(value)
+        if may_change and not is_unit(word):
             raise ValueError("words that may change the value")
     if stack != [END]:
         raise ValueError("there is more than one expression")

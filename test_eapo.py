@@ -1668,7 +1668,7 @@ EQUAL = pairs(r"""
     g(t) = t^2 ~ t^2 ;; f(2)=5 ~ 5 ;; a_{10} = 55 ~ 55 ;; \text{B and C} ~ \text{C, B}
     5-3 ~ 5‒3 ;; 10^3 ~ 1000 ;; \cot x ~ \frac{\cos x}{\sin x} ;; \displaystyle AB ~ AB
     x <= 2 ~ x \le 2 ;; x >= 2 ~ x \geq 2 ;; x != 2 ~ x \ne 2 ;; 28 percentage ~ 28\%
-    1 hour ~ 1 ;; 1 hour ~ 1\text{ hours}
+    1 hour ~ 1 ;; 1 hour ~ 1\text{ hours} ;; 5, 7\text{ cm} ~ 5, 7 ;; 3x + 2 \text{ cm}^2 ~ 3x+2
     \sin(x) y ~ y\sin x ;; \sin 2x ~ 2\sin x\cos x ;; x = 204_5 ~ 204_5 ;; {1,2} ~ 2,1
     sqrt(2) ~ \sqrt2 ;; \{5\} ~ 5 ;; \text{a circle} ~ a circle
     1 < x \le 2 ~ 1 < x \leq 2 ;; i^2 ~ -1 ;; +5 ~ 5
@@ -1725,7 +1725,7 @@ def test_other_content_is_not_paid(ours, gold):
 TRICKS = {
     "a variable passes for a unit": r"""
         4abcd ~ 4 ;; \frac{1}{2}bhkl ~ 1/2 ;; 2s ~ 2 ;; \frac{1}{4m} ~ \frac14 ;; \text{2x} ~ 2
-        2\text{x}+1 ~ 3 ;; \mathbf{2x} ~ 2 ;; 4 apples ~ 4 ;; x\text{ cm} ~ x""",
+        2\text{x}+1 ~ 3 ;; \mathbf{2x} ~ 2 ;; 4 apples ~ 4 ;; x\text{ is even} ~ x""",
     "a word that changes the value passes for a unit": r"""
         5 \text{ million} ~ 5 ;; 5 million ~ 5 ;; 5\text{ minus }2 ~ 5 ;; 5\text{ but not }6 ~ 5
         5 \text{ and a half} ~ 5 ;; \text{not }5 ~ 5
@@ -1865,7 +1865,7 @@ LEFT_OUT = pairs(r"""
     \sec^2 y ~ \tan^2 y + 1 ;; 1+\sqrt2,\ 1-\sqrt2 ~ 1\pm\sqrt2 ;; \{2, -2\} ~ x = \pm 2
     5! ~ 120 ;; \binom52 ~ 10 ;; |-5| ~ 5 ;; \log_2 8 ~ 3 ;; 3 < x ~ x > 3 ;; x>3 ~ (3,\infty)
     \sin\pi ~ 0 ;; \ln 1 ~ 0 ;; 0\pi ~ 0 ;; 2x > 6 ~ x > 3
-    1'234 ~ 1234 ;; 5, 7\text{ cm} ~ 5, 7 ;; 408.04 ~ 408.0""")
+    1'234 ~ 1234 ;; 408.04 ~ 408.0""")
 
 
 def test_forms_that_are_left_out_equal_only_the_same_tokens():
