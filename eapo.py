@@ -21,7 +21,8 @@ The letters, here and in the code. In shapes, n and m are some of the N rows, of
 a micro-batch, and M counts tokens taken from several rows.
 
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
-    T      tokens of the longest response    V  vocabulary    D  size of a hidden state
+    L      tokens of the longest prompt with its response    T  of the longest response
+    V      vocabulary (in part 8, a value)    D  size of a hidden state
     r      reward of a response: +1 if its answer is right, -1 if not                        (N,)
     A      advantage of a response: how much better it was than its group, (1)               (N,)
     A^CA   credit of a token, (7)                                                            (N, T)
@@ -381,8 +382,8 @@ def train(cfg):
         # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
-        # A signal such as Ctrl-C ends the run here, one in an evaluation too, since sampling then
-        # stops at once. This step is abandoned.
+        # After a signal such as Ctrl-C no sampling finishes. So the run ends here, even if the
+        # signal came in an evaluation, and this step is abandoned.
         if run.stopped:
             break
 
@@ -409,7 +410,7 @@ def train(cfg):
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
                 sums["loss"] += float(loss.detach())
-            norm = clip_gradient(run)                   # it is scaled to a norm of at most 1
+            norm = clip_gradient(run)                   # scales it to a norm of at most 1
             sums["grad_norm"] += norm
             sums["updates"] += 1
             run.optimizer.step()
@@ -805,9 +806,9 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
 
     # What is given for each: its limit, the position of its last prompt token, and random numbers.
-    # The dummy row N has prompt_end 0, limit 1, and a length that is set back to 0 in every step.
-    # So an idle slot writes at position 0 of its cache, has finished, as 0 + 1 is the limit, and
-    # stays idle.
+    # Row N is a bin for idle slots. Its prompt_end is 0, its limit 1, and its length is set back to
+    # 0 in every step. So an idle slot writes at position 0 of its cache, has finished, as 0 + 1 is
+    # the limit, and stays idle.
     limit = torch.tensor([n for n in limits for _ in range(G)] + [1], device=device)
     prompt_end = torch.tensor([len(p) - 1 for p in prompts for _ in range(G)] + [0], device=device)
     u = torch.zeros(N + 1, max_tokens)
@@ -861,7 +862,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         tokens[row, t] = token
         logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
         length[row] = t + 1
-        length[N] = 0                                   # the dummy row does not grow
+        length[N] = 0                                   # the bin stays empty
 
         newest = token
         finished = torch.isin(token, stop) | (t + 1 == limit[row])
@@ -993,7 +994,7 @@ def log_prob_and_entropy(logits, tokens, temperature):
     so that they use the same formula. Temperature 0, which draws greedily, counts as 1. top_p plays
     no part: tokens are drawn from a truncated pi, but pi_old and rho refer to the whole of it, as
     in verl.
-    (On GPUs the logits that come in are products in bf16.)
+    (On GPUs the logits themselves were computed in bf16.)
     """
     if temperature == 0:
         temperature = 1.0
@@ -1091,8 +1092,8 @@ def micro_batches(run, batch):
     budget = world.microbatch_tokens                    # tokens of a piece
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, budget)
-    # With 5 pieces for 3 processes, one would be idle in the second round. So make the pieces
-    # smaller, as long as there are no more than `most`, which the same rounds can hold.
+    # With 5 pieces for 3 processes, one process would be idle in the second round. So shrink the
+    # pieces, as long as they fit into the same rounds: there may be 6.
     most = math.ceil(len(pieces) / world.size) * world.size
     while world.size > 1 and budget > lengths.max():
         budget = int(0.9 * budget)
@@ -1623,9 +1624,8 @@ def true_credit(run, batch, problems, budget, n=16):
     right = batch_of_rests.right.reshape(-1, n).float()                         # (branches, n)
     value = dict(zip(branches, right.mean(dim=1)))      # V(s, v)
 
-    # 3. Apply the formulas. Between two decisions nothing changes, so V is that of the next one;
-    # after the last it is the verdict. So go backwards: each decision fills 0 to t with its V, and
-    # earlier ones overwrite their own, shorter stretch.
+    # 3. Apply the formulas. V changes at decisions only: before one it is V(s) there, and after the
+    # last it is the verdict.
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -1633,14 +1633,16 @@ def true_credit(run, batch, problems, budget, n=16):
         batch.V[i] = float(batch.right[i])
         batch.I[i] = 0
         batch.true_advantage[i] = 0
-        for decision in reversed(found):
+        start = 0
+        for decision in found:
             t = decision.t
             pi = torch.tensor(list(decision.pi.values()))                       # (likely tokens,)
             values = torch.stack([value[branch] for branch in decision.pi])
             V, I = value_and_information(pi, values, n)
-            batch.V[i, :t + 1] = V
+            batch.V[i, start:t + 1] = V
             batch.I[i, t] = I
             batch.true_advantage[i, t] = value[decision.drawn] - V
+            start = t + 1
 
 
 @torch.no_grad()
@@ -1691,10 +1693,10 @@ def value_and_information(pi, values, n):
     pi, values: one number per token; a value is a mean over n continuations.
     """
     def h(x, variance):
-        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)): for
-        # one V(s, v) that is 1 / (2 n), and for V(s), which pools several, less. So I would come
-        # out too high. We add to each what it lacks. What remains, noise and an error of up to
-        # .3 / n where V is near 0 or 1, can make an I negative.
+        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). We
+        # add that. Otherwise I would be too high, because the V(s, v), of n samples each, lose more
+        # than V(s), which pools them. Where V is near 0 or 1 an error of up to .3 / n remains; with
+        # that and noise, an I can be negative.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
@@ -1743,6 +1745,7 @@ def credit_by_kind(run, name, batch):
     batch = batch.rows(batch.I[:, 0].isfinite())        # the responses that were measured
     n = len(batch.ids)
     if n == 0:
+        run.world.print("No response could be measured: raise --credit-problems.")
         return {}
     kinds_of = KINDS.get(name, lambda tokens: ["all"] * len(tokens))
     kinds = []                                          # one for each of their tokens
@@ -2339,7 +2342,7 @@ def problems_from_rows(source, rows, wanted):
         else:
             problem.answer = gold_answer(value, where)
             text = str(problem.answer)
-            # A `solution` may be a bare answer, or be worked out; then it must have a box.
+            # In a column `solution`, a few words are a bare answer. More must have it in a box.
             has_answer = len(text.split()) <= 5 or extract_answer(text) is not None
             if columns[wanted] == "solution" and not has_answer:
                 continue
@@ -2463,7 +2466,7 @@ class World:
     """The processes of a run, one per GPU. With a single process nothing is communicated.
 
     `gather` and `whole`, and whatever calls them or runs the policy, must be called by every
-    process, or the others wait for ever.
+    process, or the others wait in vain.
     """
 
     def __init__(self, cfg):
@@ -2667,7 +2670,8 @@ def load_checkpoint(run):
                        optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
-    # To have moments to save, torch made an unused optimizer take an empty step. Start afresh.
+    # An unused optimizer has no moments to save, so torch made it take an empty step, which would
+    # count. Start afresh.
     if run.done == 0:
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
