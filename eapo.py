@@ -141,10 +141,10 @@ class Config:
                        "credit and loss")
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives grpo's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi; must be greater than alpha")
-    quadrants: str = flag("", "of PHR,PLR,NLR,NHR (part 2): credit only to tokens in these "
-                              "quadrants; the mean in (2) is still over all tokens")
-    without: str = flag("", "of PHR,PLR,NLR,NHR: tokens in these quadrants get A, the advantage "
-                            "without the entropy term")
+    quadrants: str = flag("", "some of PHR,PLR,NLR,NHR (part 2): tokens in other quadrants get "
+                              "credit 0, but still count in the mean of (2)")
+    without: str = flag("", "some of PHR,PLR,NLR,NHR: tokens in these quadrants get A, without "
+                            "the entropy term")
     clip_low: float = flag(0.2, "(2) eps_low")
     clip_high: float = flag(0.28, "(2) eps_high")
     clip_c: float = flag(3.0, "where A < 0, no gradient beyond rho = c, see policy_loss; 0: off")
@@ -382,8 +382,8 @@ def train(cfg):
         # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
-        # After a signal such as Ctrl-C no sampling finishes. So the run ends here, even if the
-        # signal came in an evaluation, and this step is abandoned.
+        # A signal such as Ctrl-C only sets a flag, at which sampling looks after every token. So
+        # whenever it came, the run ends here, and this step is abandoned.
         if run.stopped:
             break
 
@@ -573,7 +573,7 @@ class Batch:
     quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside the mask
     weight: torch.Tensor = None     # (N, T) what each token counts in the loss
     V: torch.Tensor = None          # (N, T) chance, before each token, of a right answer: part 8
-    I: torch.Tensor = None          # (N, T) true credit: what the token tells about it, nats
+    I: torch.Tensor = None          # (N, T) true credit: how much is decided there, nats
     true_advantage: torch.Tensor = None     # (N, T) V after the token minus V before it
 
     @property
@@ -686,7 +686,7 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     run.stopped = any(world.gather(world.signalled))
     if run.stopped:
         return None
-    must_replace = world.bf16 and name != "credit"      # old_logp and H, by the policy's
+    must_replace = world.bf16 and name != "credit"      # part 8 needs no old_logp and H
     must_compare = name == "train"
     if must_replace or must_compare:
         rescore(run, batch, temperature)
@@ -776,6 +776,8 @@ def score(policy, world, batch, temperature):
 #     slot 1   p p p p r r r |        r   of a response token
 #     slot 2   p p r r r r r r r |    |   `position`: where the next decode step writes
 #     slot 3   . . . . . . .          .   left over from an earlier response, never looked at
+#
+# Here G = 2. Slots 0 and 1 have the same prompt, and slot 3 is idle until slot 2 has finished too.
 
 @torch.no_grad()
 def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seeds,
@@ -990,11 +992,10 @@ def draw(logits, u, temperature, top_p):
 def log_prob_and_entropy(logits, tokens, temperature):
     """log pi(token) and H of pi = softmax(logits / temperature), over the whole vocabulary in fp32.
 
-    logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all use this,
-    so that they use the same formula. Temperature 0, which draws greedily, counts as 1. top_p plays
-    no part: tokens are drawn from a truncated pi, but pi_old and rho refer to the whole of it, as
-    in verl.
-    (On GPUs the logits themselves were computed in bf16.)
+    logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all use this:
+    else rho would compare two formulas. Temperature 0, which draws greedily, counts as 1. top_p
+    plays no part: tokens are drawn from a truncated pi, but pi_old and rho refer to the whole of
+    it, as in verl. (On GPUs the logits themselves were computed in bf16.)
     """
     if temperature == 0:
         temperature = 1.0
@@ -1092,8 +1093,8 @@ def micro_batches(run, batch):
     budget = world.microbatch_tokens                    # tokens of a piece
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, budget)
-    # With 5 pieces for 3 processes, one process would be idle in the second round. So shrink the
-    # pieces, as long as they fit into the same rounds: there may be 6.
+    # With 5 pieces for 3 processes, one process would be idle in the second round, which has room
+    # for a sixth. So make the pieces smaller until there would be a seventh.
     most = math.ceil(len(pieces) / world.size) * world.size
     while world.size > 1 and budget > lengths.max():
         budget = int(0.9 * budget)
@@ -1564,15 +1565,16 @@ def measure(run, batch, sums):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 8. Credit, measured. How much does a token o_t tell about r, whether the response will be
-# right? As much as it takes from the doubt about r, and at most as much as was undecided before it:
+# Part 8. Credit, measured. How much of the doubt about r, whether the response will be right, goes
+# away at place t, on average over the tokens that could be drawn there?
 #
 #     I(o_t; r | s_t) = H(r | s_t) - H(r | s_t, o_t) = H_t - H(o_t | s_t, r) <= H_t
 #
-# The second form is the paper's Proposition 1. The first can be measured where sampling is cheap:
-# stop before a token, put each likely token in its place, and finish the response many times. I,
-# the true credit, has no direction. The true advantage says whether a token was for the better, and
-# is what the credit of a rule should resemble.
+# (H(r | ..) is the entropy of the verdict, H_t that of the token.) The second form is the paper's
+# Proposition 1. The first can be measured where sampling is cheap: stop before a token, put each
+# likely token in its place, and finish the response many times. I, the true credit, belongs to the
+# place, whichever token was drawn, and has no direction. The true advantage belongs to the token
+# that was drawn, for better or for worse, and is what the credit of a rule should resemble.
 # --------------------------------------------------------------------------------------------------
 
 class Branch(NamedTuple):
@@ -1624,8 +1626,8 @@ def true_credit(run, batch, problems, budget, n=16):
     right = batch_of_rests.right.reshape(-1, n).float()                         # (branches, n)
     value = dict(zip(branches, right.mean(dim=1)))      # V(s, v)
 
-    # 3. Apply the formulas. V changes at decisions only: before one it is V(s) there, and after the
-    # last it is the verdict.
+    # 3. Apply the formulas. V changes at decisions only. With decisions at t = 3 and 7, V is one
+    # value for tokens 0 to 3, another for 4 to 7, and from there on the verdict.
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -1693,10 +1695,10 @@ def value_and_information(pi, values, n):
     pi, values: one number per token; a value is a mean over n continuations.
     """
     def h(x, variance):
-        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). We
-        # add that. Otherwise I would be too high, because the V(s, v), of n samples each, lose more
-        # than V(s), which pools them. Where V is near 0 or 1 an error of up to .3 / n remains; with
-        # that and noise, an I can be negative.
+        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). For
+        # a V(s, v), of n samples, that is 1 / (2 n). V(s) pools them all and loses less. So the
+        # difference would come out too high, and each gets back what it loses. Noise remains, which
+        # can make an I negative, and where V is near 0 or 1 an error of up to .3 / n.
         entropy = torch.special.entr(x) + torch.special.entr(1 - x)
         return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
@@ -2136,6 +2138,7 @@ def read_answer(tokens, percent):
         value = compute_number(truediv, value, [percent] * POINTS)
     while stack[-1].startswith('"'):
         word = stack.pop()[1:].partition("^")[0]
+        # 5 apples is 5, 5 million is not; after a formula only known units may follow.
         may_change = word.removesuffix("s") in NO_UNITS or not is_constant(value)
         if may_change and not is_unit(word):
             raise ValueError("words that may change the value")
@@ -2229,8 +2232,9 @@ def read_operand(stack, is_argument=False):
 
 
 def read_parts(stack, first):
-    """A list, a relation and so on: the parts between equal separators. An equation becomes the
-    difference of its sides, over its change between two points: 2x+4y = 6 is x+2y = 3."""
+    """A list, a relation and so on: the parts between equal separators. An equation f = g becomes
+    f - g, divided by its change from one point to another, so that a factor on both sides cancels:
+    2x+4y = 6 is x+2y = 3."""
     separator = stack[-1]
     parts = [first]
     while stack[-1] == separator:
@@ -2670,8 +2674,8 @@ def load_checkpoint(run):
                        optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
-    # An unused optimizer has no moments to save, so torch made it take an empty step, which would
-    # count. Start afresh.
+    # An unused optimizer has no moments to save, so torch made it take an empty step, from which
+    # AdamW would count on. Start afresh.
     if run.done == 0:
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
@@ -2684,7 +2688,8 @@ def load_checkpoint(run):
     # What comes after the checkpoint will be done again: take it out of the logs, and with it the
     # responses of an evaluation that was cut short.
     run.history = read_log(f"{run.out}/metrics.jsonl", run.done)
-    last_step = run.done - 1 if run.lacks_evaluation() else run.done
+    evaluation_was_cut = run.lacks_evaluation()
+    last_step = run.done - 1 if evaluation_was_cut else run.done
     responses = read_log(f"{run.out}/responses.jsonl", last_step)
     run.world.gather(None)                              # all have read them
     if run.world.rank == 0:
@@ -3242,6 +3247,7 @@ def show_responses(run, step, problem, group):
     if group.I is not None and group.I.isfinite().any():
         facts |= {"I": group.I, "V": group.V}           # nan in responses that were not measured
 
+    # The first evaluation stays as the base, even if it was not at step 0 (or is done again there).
     which = "latest" if step > 0 and "base" in run.page else "base"
     run.page["step"] = step
     section = f'<section class="{which}"><h2>{shown(problem.problem)}</h2>'
@@ -3318,10 +3324,10 @@ def write_page(run):
 <label><input type="radio" name="credit" id="change">EAPO − GRPO, 10 times as high</label>
 </fieldset>
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
-within it, where measured, <i class="I key"></i> its true credit I, how much of the doubt about the
-verdict it removed. Both are in nats; in theory I is at most H, but a measured I is noisy. Below
-each token: the credit that a rule would give it, <i class="up key"></i> up or
-<i class="down key"></i> down.
+within it, where measured, <i class="I key"></i> the true credit I, how much is decided there: the
+doubt about the verdict that goes away, on average over the tokens that could be drawn. Both are in
+nats; in theory I is at most H, but a measured I is noisy. Below each token: the credit that a rule
+would give it, <i class="up key"></i> up or <i class="down key"></i> down.
 Forks, with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token,
 tap it, or press Tab for its numbers; p is its probability, V the chance of a right answer just
 before it.</p>
