@@ -382,8 +382,8 @@ def train(cfg):
         # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
-        # A signal such as Ctrl-C only sets a flag, at which sampling looks after every token. So
-        # whenever it came, the run ends here, and this step is abandoned.
+        # A signal such as Ctrl-C only sets a flag. An update that is under way is finished, sampling
+        # stops at once. So the run always ends here, and the step that has begun is abandoned.
         if run.stopped:
             break
 
@@ -403,9 +403,9 @@ def train(cfg):
             for micro in micro_batches(run, mini):      # this process's share
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                # Add a term of your own here, weighted by micro.weight. (A KL penalty needs
-                # log-probabilities under a reference Policy: `score` them where `rescore` is
-                # called, into a new field of Batch.)
+                # Add a term of your own here, weighted by micro.weight. (For a KL penalty, open a
+                # second, frozen Policy, call `score` on it where `rescore` is called, and keep the
+                # result in a new field of Batch.)
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -774,10 +774,11 @@ def score(policy, world, batch, temperature):
 #
 #     slot 0   p p p p r r r |        p   key and value of a prompt token
 #     slot 1   p p p p r r r |        r   of a response token
-#     slot 2   p p r r r r r r r |    |   `position`: where the next decode step writes
+#     slot 2   p p r r r r r r r |    |   `position`, where the next decode step writes those of
+#                                         the newest token
 #     slot 3   . . . . . . .          .   left over from an earlier response, never looked at
 #
-# Here G = 2. Slots 0 and 1 have the same prompt, and slot 3 is idle until slot 2 has finished too.
+# Here G = 2. Slots 0 and 1 have the same prompt; slot 3 is idle until slot 2 has finished too.
 
 @torch.no_grad()
 def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seeds,
@@ -808,9 +809,9 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
 
     # What is given for each: its limit, the position of its last prompt token, and random numbers.
-    # Row N is a bin for idle slots. Its prompt_end is 0, its limit 1, and its length is set back to
-    # 0 in every step. So an idle slot writes at position 0 of its cache, has finished, as 0 + 1 is
-    # the limit, and stays idle.
+    # Row N is a bin, on which idle slots work: its prompt_end is 0, its limit 1, and its length is
+    # set back to 0 in every step. So an idle slot writes at position 0 of its cache, has reached
+    # its limit, and is idle again.
     limit = torch.tensor([n for n in limits for _ in range(G)] + [1], device=device)
     prompt_end = torch.tensor([len(p) - 1 for p in prompts for _ in range(G)] + [0], device=device)
     u = torch.zeros(N + 1, max_tokens)
@@ -2450,7 +2451,7 @@ def read_data_set(source, split):
 # --------------------------------------------------------------------------------------------------
 # Appendix C. The machine: processes and GPUs, checkpoints, opening a run, errors in one line.
 #
-#                           weights and moments  matrix products in  samples from  H from
+#                           weights and moments  matrix products in  samples from  log p, H from
 # one process, CPU or tiny  whole, fp32          fp32                the policy    the sampler
 # several CPU processes     parts, fp32 (FSDP2)  fp32                a fp32 copy   the sampler
 # GPUs, one process each    parts, fp32 (FSDP2)  bf16                a bf16 copy   the policy
@@ -2674,8 +2675,8 @@ def load_checkpoint(run):
                        optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
-    # An unused optimizer has no moments to save, so torch made it take an empty step, from which
-    # AdamW would count on. Start afresh.
+    # For moments to save, torch made an unused optimizer take an empty step, and AdamW would count
+    # it. Start afresh.
     if run.done == 0:
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
