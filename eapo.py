@@ -14,8 +14,8 @@ H. Tokens drawn where it was unsure get a little more credit or blame, the other
 
 (1) and (2) are GRPO, with the asymmetric clip of DAPO; (6) and (7) make it EAPO. The equation
 numbers are the paper's, except for (1), which it does not number; (3) to (5) are not needed here,
-and (8) and (9) are in part 7. In the code a mean is a sum with weights that add up to 1: see
-`token_weights`.
+and (8) and (9) are in part 7. In the code a mean is a sum with weights that add up to 1, see
+`token_weights` and `train`.
 
 The letters, here and in the code. In shapes, n and m are some of the N rows, of a mini-batch and of
 a micro-batch, and M counts tokens taken from several rows.
@@ -382,8 +382,8 @@ def train(cfg):
         # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
-        # A signal such as Ctrl-C only sets a flag. An update that is under way is finished, sampling
-        # stops at once. So the run always ends here, and the step that has begun is abandoned.
+        # A signal such as Ctrl-C only sets a flag. An update that is under way is finished, while
+        # sampling stops at once. So the run always ends here, and this step is abandoned.
         if run.stopped:
             break
 
@@ -1791,7 +1791,7 @@ def credit_by_rule(run, batch):
 
     metrics = {}
     run.world.print("  cosine of the credit of a rule with the true advantage, which is what a\n"
-                    "  token did to the chance of a right answer (1: the same)")
+                    "  token did to the chance of a right answer (1: in proportion to it)")
     for method, credit in credits.items():
         cosine = F.cosine_similarity(credit[mixed], batch.true_advantage[mixed], dim=0)
         run.world.print(f"  {method:16}{cosine:8.2f}")
@@ -2576,7 +2576,8 @@ def shard(policy, world, offload):
         return policy.to(world.device)
     compute_dtype = torch.bfloat16 if world.bf16 else None
     options = dict(mesh=dist.init_device_mesh(world.device.type, (world.size,)),
-                   mp_policy=fsdp.MixedPrecisionPolicy(compute_dtype, torch.float32))
+                   mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype,
+                                                       reduce_dtype=torch.float32))
     if offload:
         options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
     lists = [x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList)]
@@ -3466,7 +3467,8 @@ def preset(model):
     return {}
 
 
-# Settings that do not change what a step computes, and so may differ when a run is resumed.
+# Settings that do not change what a step computes, up to rounding, and so may differ when a run is
+# resumed.
 MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "gpus", "offload", "microbatch_tokens"}
 
 
