@@ -1406,6 +1406,7 @@ def test_the_check_before_training_shows_how_gold_answers_are_read(capsys):
     assert "gold answer '\\\\frac{1}{2}' is read as the number 1/2" in said
     assert "is read as a formula" in said
     assert "gold answer '(1,2)' is read as () of 2 parts" in said
+    assert said.count("is read as") == 3                    # of the first three
     assert "the verifier reads 4 of 6 gold answers (the others must" in said
 
 
@@ -2064,6 +2065,27 @@ def test_where_nothing_is_decided_the_value_stays():
     table = {"=": {"5": 1.}, "5": {"2": .4, "0": .3, "3": .1, "7": .1, "8": .06, "9": .04},
              "0": {"2": 1.}, "2": {".": 1.}, "3": {".": 1.}, "7": {".": 1.}}
     assert measured(table, ["52"], n=10).V[0].tolist() == pytest.approx([7 / 9, 7 / 9, 1], abs=1e-4)
+
+
+def test_likely_tokens_are_those_at_the_temperature_of_evaluations():
+    """Of temperature 0.5: the four most probable with 1% or more, and the one drawn, as a plain
+    forward pass has them, rescaled to add up to 1."""
+    lm = tiny_lm()
+    run = a_run(lm, "--eval-temperature", 0.5)
+    batch = tiny_batch(1)
+    batch.number = torch.zeros(1, dtype=torch.long)
+    start = int(batch.prompt_len[0])
+    p = (lm(batch.ids).logits[0, start - 1:-1] / 0.5).softmax(dim=-1).detach()
+    for decision in eapo.find_decisions(run, batch, 0):
+        drawn = batch.response(0)[decision.t]
+        best = p[decision.t].topk(4)
+        expected = {v: x for v, x in zip(best.indices.tolist(), best.values.tolist()) if x >= 0.01}
+        expected[drawn] = float(p[decision.t, drawn])
+        total = sum(expected.values())
+        assert len(decision.pi) == len(expected)
+        for branch, share in decision.pi.items():
+            assert share == approx(expected[branch.tokens[-1]] / total, abs=1e-5)
+    assert eapo.find_decisions(run, batch, 0)
 
 
 def test_once_the_response_is_lost_no_token_has_any_credit():
