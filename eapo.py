@@ -812,8 +812,10 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     # Row N is a bin, on which idle slots work: its prompt_end is 0, its limit 1, and its length is
     # set back to 0 in every step. So an idle slot writes at position 0 of its cache, has reached
     # its limit, and is idle again.
-    limit = torch.tensor([n for n in limits for _ in range(G)] + [1], device=device)
-    prompt_end = torch.tensor([len(p) - 1 for p in prompts for _ in range(G)] + [0], device=device)
+    most = [n for n in limits for _ in range(G)]
+    ends = [len(prompt) - 1 for prompt in prompts for _ in range(G)]
+    limit = torch.tensor(most + [1], device=device)
+    prompt_end = torch.tensor(ends + [0], device=device)
     u = torch.zeros(N + 1, max_tokens)
     for i, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -2779,7 +2781,8 @@ def close_run(run):
     world.print("")
     rates = [row["solve_rate"] for row in run.history if "solve_rate" in row]
     if rates:
-        world.print(f"solve rate {rates[0]:.0%} {sparkline(rates)} {rates[-1]:.0%} in training")
+        bars = sparkline(rates)
+        world.print(f"solve rate {rates[0]:.0%} {bars} {rates[-1]:.0%} in training")
     for name in run.eval_sets if run.history else []:
         world.print(outcome(run, name))
     if "base" in run.page:
