@@ -77,7 +77,6 @@ from string import ascii_letters, digits
 from typing import NamedTuple
 from zlib import crc32
 
-import datasets
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -177,7 +176,7 @@ class Config:
 
 PRESETS = {         # a model's name, or a part of it, and the settings that such a model changes
     "tiny": dict(
-        train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1600,
+        train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1300,
         warmup_learning_rate=3e-3, steps=14, prompts_per_step=64, prompts_per_minibatch=16,
         resample=0, learning_rate=5e-4, top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
         eval_every=7, eval_samples=8, eval_temperature=1.0, eval_top_p=1.0, credit_problems=4,
@@ -1375,8 +1374,8 @@ def load_problems(run, source, split):
             require(read == text, f"of {text!r:.50} --model tiny can read only {read!r:.50}: name "
                     "another --model, or give it more characters in tiny_model")
     with one_line_errors(f"the tokenizer or the chat template of {run.cfg.model}"):
-        for problem in run.world.bar(problems, f"tokens of {source}", delay=2, leave=False):
-            problem.ids = prompt_ids(run.tokenizer, problem)
+        for problem, ids in zip(problems, prompt_ids(run.tokenizer, problems)):
+            problem.ids = ids
 
     limit = run.cfg.max_prompt_tokens
     short = [problem for problem in problems if len(problem.ids) <= limit]
@@ -1390,20 +1389,25 @@ def load_problems(run, source, split):
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-def prompt_ids(tokenizer, problem):
-    """The prompt of a problem as tokens.
+def prompt_ids(tokenizer, problems):
+    """The prompts of problems as tokens.  -> a list of ids for each
 
     A chat template writes everything around the problem, BOS included. Without one, the paper's
     instruction follows the problem, and the tokenizer adds its BOS.
     """
     if tokenizer.chat_template:
+        conversations = [problem.messages for problem in problems]
         return tokenizer.apply_chat_template(
-            problem.messages, add_generation_prompt=True)["input_ids"]
-    text = "\n".join(message["content"] for message in problem.messages)
-    ids = tokenizer(text + INSTRUCTION).input_ids
-    if ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
+            conversations, add_generation_prompt=True)["input_ids"]
+    texts = []
+    for problem in problems:
+        contents = [message["content"] for message in problem.messages]
+        texts.append("\n".join(contents) + INSTRUCTION)
+    prompts = tokenizer(texts).input_ids
+    for ids in prompts:
+        if ids[-1] == tokenizer.eos_token_id:
+            ids.pop()
+    return prompts
 
 
 class Stream:
@@ -2398,8 +2402,6 @@ def gold_answer(value, where):
 def read_rows(source, split):
     """The rows of a file or of a data set, as dicts."""
     path = source.lower().removesuffix(".gz")
-    if path.endswith(".parquet"):
-        return list(datasets.load_dataset("parquet", data_files=source, split="train"))
     if not path.endswith((".json", ".jsonl", ".csv")):
         return read_data_set(source, split)
 
@@ -2420,11 +2422,15 @@ def read_rows(source, split):
 
 
 def read_data_set(source, split):
-    """The rows of a data set of the hub, or of a folder with its files, or saved to disk.
+    """The rows of a data set of the hub, of a folder with its files, saved to disk, or in Parquet.
 
     source: its id or path; then, if need be, :CONFIGURATION and :SPLIT. Without a split: test or
     validation for evaluation, else train.
     """
+    import datasets             # not above, as it takes a second and the built-in tasks need none
+    datasets.disable_progress_bars()
+    if source.lower().endswith(".parquet"):
+        return list(datasets.load_dataset("parquet", data_files=source, split="train"))
     name, *parts = source.split(":")
     if os.path.exists(source):                          # the path itself has a colon, as C:\data
         name = source
@@ -3504,7 +3510,6 @@ def main(argv=None):
     cfg = parse_args(argv)
     launch_on_all_gpus(cfg, argv)
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
     for stream in (sys.stdout, sys.stderr):

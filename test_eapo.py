@@ -1271,12 +1271,15 @@ def test_a_prompt_has_one_bos_and_no_eos():
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.chat_template = ("<s>{{ messages[0]['role'] }}: {{ messages[0]['content'] }}"
                                "{% if add_generation_prompt %} Answer:{% endif %}")
-    ids = eapo.prompt_ids(tokenizer, Problem("1+1="))
-    assert ids.count(tokenizer.bos_token_id) == 1
-    assert tokenizer.decode(ids) == "<s>user: 1+1= Answer:"
+    problems = [Problem("1+1="), Problem("10+20=")]
+    prompts = eapo.prompt_ids(tokenizer, problems)
+    assert [ids.count(tokenizer.bos_token_id) for ids in prompts] == [1, 1]
+    assert [tokenizer.decode(ids) for ids in prompts] == ["<s>user: 1+1= Answer:",
+                                                          "<s>user: 10+20= Answer:"]
     tokenizer.chat_template = None
-    ids = eapo.prompt_ids(tokenizer, Problem("1+1="))
-    assert tokenizer.decode(ids) == "1+1=" + eapo.INSTRUCTION
+    prompts = eapo.prompt_ids(tokenizer, problems)
+    assert [tokenizer.decode(ids) for ids in prompts] == ["1+1=" + eapo.INSTRUCTION,
+                                                          "10+20=" + eapo.INSTRUCTION]
 
 
 def test_a_prompt_with_two_bos_is_told(capsys):
