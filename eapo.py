@@ -808,9 +808,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
 
     # What is given for each: its limit, the position of its last prompt token, and random numbers.
-    # Row N is a bin, on which idle slots work: its prompt_end is 0, its limit 1, and its length is
-    # set back to 0 in every step. So an idle slot writes at position 0 of its cache, has reached
-    # its limit, and is idle again.
+    # Row N is a bin, on which idle slots work: its prompt_end and its length stay 0. So an idle slot
+    # writes at position 0 of its cache, which the next prompt will write over.
     most = [n for n in limits for _ in range(G)]
     ends = [len(prompt) - 1 for prompt in prompts for _ in range(G)]
     limit = torch.tensor(most + [1], device=device)
@@ -1095,16 +1094,16 @@ def micro_batches(run, batch):
     budget = world.microbatch_tokens                    # tokens of a piece
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, budget)
-    # With 5 pieces for 3 processes, one process would be idle in the second round, which has room
-    # for a sixth. So make the pieces smaller until there would be a seventh.
-    most = math.ceil(len(pieces) / world.size) * world.size
+    # 5 pieces would keep 3 processes busy for two rounds, but leave one of them idle in the second.
+    # So make the pieces smaller, as long as there are no more rounds.
+    rounds = math.ceil(len(pieces) / world.size)
     while world.size > 1 and budget > lengths.max():
         budget = int(0.9 * budget)
         smaller = micro_batch_rows(lengths, budget)
-        if len(smaller) > most:
+        if len(smaller) > rounds * world.size:
             break
         pieces = smaller
-    pieces += [torch.arange(0)] * (most - len(pieces))
+    pieces += [torch.arange(0)] * (rounds * world.size - len(pieces))
     for rows in pieces[world.rank::world.size]:
         yield batch.rows(rows).to(world.device)
 
@@ -1658,8 +1657,7 @@ def true_credit(run, batch, problems, budget, n=16):
 def find_decisions(run, batch, i):
     """Where was something decided in response i?  -> [Decision]
 
-    Likely tokens are the one drawn and, of the four most probable, those with at least 1%. Their
-    probabilities are rescaled to add up to 1.
+    Likely tokens are the one drawn and, of the four most probable, those with at least 1%.
     """
     lm = fill_sampler(run)
     row = batch.rows([i]).to(lm.device)
@@ -1699,21 +1697,25 @@ def rest_of(run, problem, begun):
 def value_and_information(pi, values, n):
     """V(s), and I in nats, at a prefix s, from the pi(v) and the V(s, v) of its likely tokens v.
 
-    pi, values: one number per token; a value is a mean over n continuations.
+    pi, values: one number per token; a value is a mean over n continuations. The noise of the
+    values can make an I negative and, where V is near 0 or 1, add an error of up to .3 / n.
     """
-    def h(x, variance):
-        # h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). For
-        # a V(s, v), of n samples, that is 1 / (2 n). V(s) pools them all and loses less. So the
-        # difference would come out too high, and each gets back what it loses. Noise remains, which
-        # can make an I negative, and where V is near 0 or 1 an error of up to .3 / n.
-        entropy = torch.special.entr(x) + torch.special.entr(1 - x)
-        return entropy + variance / (2 * x * (1 - x)).clamp(min=1e-9)
-
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
     variance = values * (1 - values) / n                # of each value
-    doubt_before = h(V, (pi.square() * variance).sum())
-    doubt_after = (pi * h(values, variance)).sum()
-    return V, doubt_before - doubt_after
+    before = doubt(V, (pi.square() * variance).sum())
+    after = (pi * doubt(values, variance)).sum()
+    return V, before - after
+
+
+def doubt(x, variance):
+    """h(x) = -x log x - (1 - x) log(1 - x) nats, of an estimate x with this variance.
+
+    h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)), which is
+    added: 1 / (2 n) for a V(s, v), a mean of n, and less for V(s), which pools them all. Without
+    that, every I would come out too high.
+    """
+    h = torch.special.entr(x) + torch.special.entr(1 - x)
+    return h + variance / (2 * x * (1 - x)).clamp(min=1e-9)
 
 
 def inspect_problems(run, step, name, problems, batch):

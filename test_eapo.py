@@ -5,6 +5,7 @@ code under test: autograd, a naive loop, transformers' own generate. No download
 """
 import concurrent.futures
 import glob
+import gzip
 import html.parser
 import inspect
 import io
@@ -1446,6 +1447,19 @@ def test_a_data_set_saved_to_disk_loads(tmp_path):
     datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "several")
     for name, split in (("one", "train"), ("several", "eval")):
         assert load_file(tmp_path / name, split)[0].answer == "2"
+
+
+def test_a_folder_with_a_colon_in_its_name_is_a_path(tmp_path):
+    rows = datasets.Dataset.from_list([{"problem": "1+1", "answer": "2"}])
+    rows.save_to_disk(tmp_path / "a:b")
+    assert len(eapo.read_rows(f"{tmp_path}/a:b", "train")) == 1
+
+
+@pytest.mark.parametrize("name, text", [
+    ("x.jsonl.gz", '{"problem": "1+1", "answer": "2"}\n'), ("x.csv.gz", "problem,answer\n1+1,2\n")])
+def test_compressed_files_are_read(tmp_path, name, text):
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    assert load_file(tmp_path / name, "train")[0].answer == "2"
 
 
 def test_a_split_of_a_data_set_on_disk_can_be_named(tmp_path):
