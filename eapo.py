@@ -1751,7 +1751,8 @@ def by_doubt(batch, k):
 def credit_by_kind(run, name, batch):
     """Print how much of the entropy and of the true credit each kind of token holds -> metrics
 
-    credit/KIND/tokens: its share of the tokens; H, I: its nats per response; I/H: their ratio.
+    credit/KIND/tokens: its share of the tokens; H, I: its nats per response; I/H: their ratio,
+    which in theory is at most 1.
     """
     batch = batch.rows(batch.I[:, 0].isfinite())        # the responses that were measured
     n = len(batch.ids)
@@ -1762,24 +1763,25 @@ def credit_by_kind(run, name, batch):
     kinds = []                                          # one for each of their tokens
     for i in range(n):
         kinds += kinds_of([run.tokenizer.decode([token]) for token in batch.response(i)])
-    H = batch.H[batch.mask]                                                     # (tokens,)
-    I = batch.I[batch.mask]                                                     # (tokens,)
+    H = batch.H[batch.mask] / n                                                 # (tokens,)
+    I = batch.I[batch.mask] / n                                                 # (tokens,)
 
+    run.world.print(
+        f"In {n} responses to problems that the first evaluation solved about half of the time,\n"
+        f"H adds up to {H.sum():.3f} nats per response, and the true credit I to {I.sum():.3f}.\n"
+        "  kind        tokens    of H    of I     I/H")
     metrics = {}
-    run.world.print(f"true credit in {n} responses to problems that the first evaluation solved\n"
-                    "about half of the time: share of tokens, H and I in nats per response\n"
-                    f"  {'kind':10}     share         H         I       I/H")
     for kind in dict.fromkeys([*kinds, "all"]):
         here = torch.tensor([kind in (k, "all") for k in kinds])                # (tokens,)
-        row = {"tokens": here.float().mean()}
-        row["H"] = H[here].sum() / n
-        row["I"] = I[here].sum() / n
-        row["I/H"] = row["I"] / row["H"].clamp(min=1e-9)
-        line = f"  {kind:10}"
-        for key, x in row.items():
-            line += f"{x:10.3f}"
-            metrics[f"credit/{kind}/{key}"] = x
-        run.world.print(line)
+        share = here.float().mean()
+        H_here = H[here].sum()
+        I_here = I[here].sum()
+        ratio = I_here / H_here.clamp(min=1e-9)
+        of_H = H_here / H.sum().clamp(min=1e-9)
+        of_I = I_here / I.sum().clamp(min=1e-9)
+        run.world.print(f"  {kind:10}{share:8.1%}{of_H:8.1%}{of_I:8.1%}{ratio:8.3f}")
+        metrics |= {f"credit/{kind}/tokens": share, f"credit/{kind}/H": H_here,
+                    f"credit/{kind}/I": I_here, f"credit/{kind}/I/H": ratio}
     return metrics
 
 

@@ -2259,6 +2259,29 @@ def test_a_continuation_ends_where_its_response_would():
         assert rest.check("2", "12") == (begun[-1] == 1)
 
 
+def test_the_table_of_credit_holds_shares_and_nats_per_response(monkeypatch, capsys):
+    """Measured are "+1" and "1" with H .5 .25, .25 and I .4 0, .1 nats: per response .5 and .25. The
+    + has 1/3 of the tokens, 1/2 of H and 4/5 of I. The third response was not measured."""
+    run = a_run()
+    monkeypatch.setitem(eapo.KINDS, "x", lambda tokens: [
+        "sign" if token == "+" else "digit" for token in tokens])
+    plus, one = run.tokenizer.convert_tokens_to_ids(list("+1"))
+    batch = make_batch([[5]] * 3, [[plus, one], [one], [plus, plus]])
+    batch.H = torch.tensor([[.5, .25], [.25, 9], [9, 9]])
+    batch.I = torch.tensor([[.4, 0], [.1, 9], [torch.nan, torch.nan]])
+    metrics = eapo.credit_by_kind(run, "x", batch)
+    expected = {}
+    for kind, numbers in (("sign", (1 / 3, .25, .2, .8)), ("digit", (2 / 3, .25, .05, .2)),
+                          ("all", (1, .5, .25, .5))):
+        for key, x in zip(("tokens", "H", "I", "I/H"), numbers):
+            expected[f"credit/{kind}/{key}"] = x
+    assert {key: float(x) for key, x in metrics.items()} == pytest.approx(expected)
+    lines = capsys.readouterr().out.splitlines()
+    assert "In 2 responses" in lines[0] and ".500 nats" in lines[1] and "0.250" in lines[1]
+    assert lines[3].split() == ["sign", "33.3%", "50.0%", "80.0%", "0.800"]
+    assert lines[5].split() == ["all", "100.0%", "100.0%", "100.0%", "0.500"]
+
+
 def test_every_token_of_an_addition_has_a_kind():
     """o: which digit comes first, c: carry or not, l: chatter, the rest is routine."""
     def kinds(tokens):
