@@ -1768,8 +1768,9 @@ def credit_by_kind(run, name, batch):
 
     run.world.print(
         f"In {n} responses to problems that the first evaluation solved about half of the time,\n"
-        f"H adds up to {H.sum():.3f} nats per response, and the true credit I to {I.sum():.3f}.\n"
-        "  kind        tokens    of H    of I     I/H")
+        f"H adds up to {H.sum():.3f} nats per response, and the true credit I to {I.sum():.3f} "
+        "(estimated:\na fork that decides nothing may get .02). Shares of tokens, H and I, and "
+        "I / H:\n  kind        tokens    of H    of I     I/H")
     metrics = {}
     for kind in dict.fromkeys([*kinds, "all"]):
         here = torch.tensor([kind in (k, "all") for k in kinds])                # (tokens,)

@@ -2278,8 +2278,8 @@ def test_the_table_of_credit_holds_shares_and_nats_per_response(monkeypatch, cap
     assert {key: float(x) for key, x in metrics.items()} == pytest.approx(expected)
     lines = capsys.readouterr().out.splitlines()
     assert "In 2 responses" in lines[0] and ".500 nats" in lines[1] and "0.250" in lines[1]
-    assert lines[3].split() == ["sign", "33.3%", "50.0%", "80.0%", "0.800"]
-    assert lines[5].split() == ["all", "100.0%", "100.0%", "100.0%", "0.500"]
+    assert lines[4].split() == ["sign", "33.3%", "50.0%", "80.0%", "0.800"]
+    assert lines[6].split() == ["all", "100.0%", "100.0%", "100.0%", "0.500"]
 
 
 def test_every_token_of_an_addition_has_a_kind():
