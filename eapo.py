@@ -176,7 +176,7 @@ class Config:
 
 PRESETS = {         # a model's name, or a part of it, and the settings that such a model changes
     "tiny": dict(
-        train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1300,
+        train_data="addition", eval_data="addition", warmup_data="addition", warmup_steps=1100,
         warmup_learning_rate=3e-3, steps=14, prompts_per_step=64, prompts_per_minibatch=16,
         resample=0, learning_rate=5e-4, top_p=1.0, max_prompt_tokens=32, max_response_tokens=64,
         eval_every=7, eval_samples=8, eval_temperature=1.0, eval_top_p=1.0, credit_problems=4,
@@ -1203,8 +1203,8 @@ def tiny_model(seed):
     torch.manual_seed(seed)
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(pieces), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
+        num_attention_heads=4, max_position_embeddings=512, initializer_range=0.08,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
         pad_token_id=0))
     return lm, tokenizer
 
