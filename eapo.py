@@ -1769,7 +1769,7 @@ def credit_by_kind(run, name, batch):
     run.world.print(
         f"In {n} responses to problems that the first evaluation solved about half of the time,\n"
         f"H adds up to {H.sum():.3f} nats per response, and the true credit I to {I.sum():.3f} "
-        "(estimated:\na fork that decides nothing may get .02). Shares of tokens, H and I, and "
+        "(estimated:\nthat of one token may be off by .02). Shares of tokens, H and I, and "
         "I / H:\n  kind        tokens    of H    of I     I/H")
     metrics = {}
     for kind in dict.fromkeys([*kinds, "all"]):
@@ -3097,8 +3097,8 @@ def explain_scores(run):
     k = run.cfg.eval_samples
     run.world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its "
                     f"95% interval;\nPass@{k} the share of problems with a right try; entropy is "
-                    "in nats per token.\nThe tries shown are at a problem solved about half of the "
-                    "time.")
+                    "in nats per token.\nThe tries shown are at the problem that comes nearest to "
+                    "being solved\nhalf of the time.")
     if sys.stdout.isatty():
         run.world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; tokens "
                         "in \033[1mbold\033[0m have an entropy of at\nleast the mean of the tries.")
@@ -3287,6 +3287,8 @@ def summary(group, fork, facts):
         if credit.any():
             share = credit[fork].sum() / credit.sum()
             text += f"; {rule} gives them {share:.0%} of the credit"
+        else:
+            text += f"; {rule} gives no credit, as all rewards are the same"
     if "I" in facts:
         total = facts["I"].nanmean(dim=0).sum()
         held = (facts["I"] * fork).nanmean(dim=0).sum()
@@ -3344,7 +3346,8 @@ within it, where measured, <i class="I key"></i> the true credit I, how much is 
 doubt about the verdict that goes away, on average over the tokens that could be drawn. Both are in
 nats; in theory I is at most H, but a measured I is noisy. Below each token: the credit that a rule
 would give it, <i class="up key"></i> up or <i class="down key"></i> down.
-Forks, with H at or above the mean of the {cfg.eval_samples} responses, are bold. Point at a token,
+Forks, with H at or above the mean of the {cfg.eval_samples} responses, are bold. At most two right
+and two wrong responses are shown. Point at a token,
 tap it, or press Tab for its numbers; p is its probability, V the chance of a right answer just
 before it.</p>
 <main style="--nat:{run.page["pixels"]:.1f}px"><div>{run.page["base"]}{run.page.get("latest", "")}
