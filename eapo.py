@@ -21,9 +21,10 @@ The letters, here and in the code. In shapes, n and m are some of the N rows, of
 a micro-batch, and M counts tokens taken from several rows.
 
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
-    L      tokens of the longest prompt with its response    T  of the longest response
-    V      vocabulary (in part 8, a value)    D  size of a hidden state
-    r      reward of a response: +1 if its answer is right, -1 if not                        (N,)
+    L      tokens of the longest prompt with its response (in (2), the loss)
+    T      tokens of the longest response
+    V      size of the vocabulary (in part 8, a chance)    D  of a hidden state
+    r      reward of a response: +1 if its answer is right, else -1 or (--overlong) less     (N,)
     A      advantage of a response: how much better it was than its group, (1)               (N,)
     A^CA   credit of a token, (7)                                                            (N, T)
     pi_old the policy as it was when the step began and sampled the responses
@@ -139,7 +140,7 @@ class Config:
                                "is grpo with --overlong 0.2 (and --resample above 0)",
                        "credit and loss")
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives grpo's advantages")
-    phi: float = flag(2.0, "(6) |score| is at most |A| / phi; must be greater than alpha")
+    phi: float = flag(2.0, "(6) |score| is at most |A| / phi; phi must be above alpha")
     quadrants: str = flag("", "some of PHR,PLR,NLR,NHR (part 2): tokens in other quadrants get "
                               "credit 0, but still count in the mean of (2)")
     without: str = flag("", "some of PHR,PLR,NLR,NHR: tokens in these quadrants get A, without "
@@ -358,7 +359,8 @@ def token_weights(mask, group_size, loss_mean):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 3. The loop: sample, mark, credit, update, evaluate. Parts 4 to 8 explain what it calls.
+# Part 3. The loop: sample, mark, credit, update, evaluate. The other parts explain what it calls;
+# open_run, close_run and the checkpoints are in Appendix C.
 # --------------------------------------------------------------------------------------------------
 
 def train(cfg):
@@ -382,7 +384,7 @@ def train(cfg):
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
         # A signal such as Ctrl-C only sets a flag. An update that is under way is finished, while
-        # sampling stops at once. So the run always ends here, and this step is abandoned.
+        # sampling stops at once. So a run that is stopped ends here, and this step is abandoned.
         if run.stopped:
             break
 
@@ -402,9 +404,9 @@ def train(cfg):
             for micro in micro_batches(run, mini):      # this process's share
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                # Add a term of your own here, weighted by micro.weight. (For a KL penalty, open a
-                # second, frozen Policy, call `score` on it where `rescore` is called, and keep the
-                # result in a new field of Batch.)
+                # Add a term of your own here, weighted by micro.weight. (For a KL penalty, make a
+                # second Policy after the warm-up, as open_run makes the first; call `score` on it
+                # in `sample_and_mark`; and keep the result in a new field of Batch.)
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -573,7 +575,7 @@ class Batch:
     weight: torch.Tensor = None     # (N, T) what each token counts in the loss
     V: torch.Tensor = None          # (N, T) chance, before each token, of a right answer: part 8
     I: torch.Tensor = None          # (N, T) true credit: how much is decided there, nats
-    true_advantage: torch.Tensor = None     # (N, T) V after the token minus V before it
+    true_advantage: torch.Tensor = None     # (N, T) V(s, o) - V(s) of the token drawn
 
     @property
     def mask(self):
@@ -634,7 +636,7 @@ def concatenate(batches):
 
 def collect_rollouts(run):
     """Sample and mark until prompts_per_step groups are mixed, or no round is left -> all that was
-    sampled, a Batch.
+    sampled, a Batch, or None if a signal stopped it.
 
     A group whose responses are all right or all wrong teaches nothing: its advantages are 0 (or,
     with --overlong, about length alone). `kept` is False there and, while rounds are left, further
@@ -685,7 +687,7 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     run.stopped = any(world.gather(world.signalled))
     if run.stopped:
         return None
-    must_replace = world.bf16 and name != "credit"      # part 8 needs no old_logp and H
+    must_replace = world.bf16 and name != "credit"      # continuations of part 8 need no H
     must_compare = name == "train"
     if must_replace or must_compare:
         rescore(run, batch, temperature)
@@ -754,7 +756,7 @@ def score(policy, world, batch, temperature):
     all_logp = torch.zeros(batch.mask.shape)
     all_H = torch.zeros(batch.mask.shape)
     for rows in pieces:
-        logp, H = policy(batch.rows(rows).to(world.device), temperature)        # (n, t) both
+        logp, H = policy(batch.rows(rows).to(world.device), temperature)        # (m, t) both
         t = logp.shape[1]
         all_logp[rows, :t] = logp.cpu()
         all_H[rows, :t] = H.cpu()
@@ -777,7 +779,8 @@ def score(policy, world, batch, temperature):
 #                                         the newest token
 #     slot 3   . . . . . . .          .   left over from an earlier response, never looked at
 #
-# Here G = 2. Slots 0 and 1 have the same prompt; slot 3 is idle until slot 2 has finished too.
+# Here G = 2. Slots 0 and 1 have the same prompt; slot 3 is idle until any of
+# the others has finished too.
 
 @torch.no_grad()
 def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seeds,
@@ -808,8 +811,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     length = torch.zeros(N + 1, dtype=torch.long, device=device)
 
     # What is given for each: its limit, the position of its last prompt token, and random numbers.
-    # Row N is a bin, on which idle slots work: its prompt_end and its length stay 0. So an idle slot
-    # writes at position 0 of its cache, which the next prompt will write over.
+    # Row N is a bin, on which all idle slots work. Its prompt_end and its length stay 0, so they
+    # write at position 0 of their caches, which the next prompt will write over.
     most = [n for n in limits for _ in range(G)]
     ends = [len(prompt) - 1 for prompt in prompts for _ in range(G)]
     limit = torch.tensor(most + [1], device=device)
@@ -880,7 +883,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         responses.append(ids[:n].tolist())
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
     T = batch.mask.shape[1]
-    batch.old_logp = logp[:N, :T].cpu().clone()         # of a view, processes would send the whole
+    batch.old_logp = logp[:N, :T].cpu().clone()         # or processes would send what was cut off
     batch.H = H[:N, :T].cpu().clone()
     ended = [ids != [] and ids[-1] in stop_ids for ids in responses]
     batch.ended = torch.tensor(ended, dtype=torch.bool)
@@ -1125,7 +1128,7 @@ def micro_batch_rows(lengths, tokens):
 
 
 def clip_gradient(run):
-    """Scale the gradient down to a norm of 1, so that a rare large one does not undo the rest.
+    """Scale a gradient longer than 1 down to that, so that a rare large one does not undo the rest.
 
     -> its norm before that. If it is nan or infinite, the run ends before it does harm.
     """
@@ -1524,7 +1527,7 @@ def measure(run, batch, sums):
         groups                      sampled
         groups_all_right, groups_all_wrong                  how many of these teach nothing
         loss, grad_norm             means over the optimizer steps
-        clip_fraction               share of the tokens learned from that a clip left no gradient
+        clip_fraction               share of the tokens learned from whose gradient a clip made 0
         sampler_gap                 mean |log pi_sampler - log pi_policy|, nats, where measured
         seconds, seconds_PHASE, tokens_per_second           of the step without its evaluation
         peak_memory_bytes           of this GPU
@@ -1702,7 +1705,8 @@ def value_and_information(pi, values, n):
     """
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
     variance = values * (1 - values) / n                # of each value
-    before = doubt(V, (pi.square() * variance).sum())
+    variance_of_V = (pi.square() * variance).sum()
+    before = doubt(V, variance_of_V)
     after = (pi * doubt(values, variance)).sum()
     return V, before - after
 
@@ -1710,9 +1714,9 @@ def value_and_information(pi, values, n):
 def doubt(x, variance):
     """h(x) = -x log x - (1 - x) log(1 - x) nats, of an estimate x with this variance.
 
-    h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)), which is
-    added: 1 / (2 n) for a V(s, v), a mean of n, and less for V(s), which pools them all. Without
-    that, every I would come out too high.
+    h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). We add
+    that: for a V(s, v), a mean of n, it is 1 / (2 n) (0 if all n agree), and less for V(s), a mean
+    of several. Otherwise I would come out too high on average.
     """
     h = torch.special.entr(x) + torch.special.entr(1 - x)
     return h + variance / (2 * x * (1 - x)).clamp(min=1e-9)
@@ -1751,8 +1755,8 @@ def by_doubt(batch, k):
 def credit_by_kind(run, name, batch):
     """Print how much of the entropy and of the true credit each kind of token holds -> metrics
 
-    credit/KIND/tokens: its share of the tokens; H, I: its nats per response; I/H: their ratio,
-    which in theory is at most 1.
+    credit/KIND/tokens: its share of the tokens; H, I: its nats per response (printed as shares);
+    I/H: their ratio, which in theory is at most 1.
     """
     batch = batch.rows(batch.I[:, 0].isfinite())        # the responses that were measured
     n = len(batch.ids)
@@ -1829,10 +1833,10 @@ def credit_by_rule(run, batch):
 #
 # Conventions:
 # - Ignored: spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
-#   name in front (AB = 5, f(x) = 2x) unless the other answer has another name, degrees, units at
-#   the end, and a base that only the gold states (204_5).
-# - Not ignored: the order in points, the kind of brackets, repeated elements, other letters (4abcd
-#   is a product), and a variable that cancels (5+0x is not 5).
+#   name in front (AB = 5, f(x) = 2x) unless the other answer has another name, degrees, known units
+#   (cm) and text (\text{apples}) at the end, and a base that only the gold states (204_5).
+# - Not ignored: the order in points, round or square brackets, repeated elements, other letters
+#   (4abcd and 5 apples are products), and a variable that cancels (5+0x is not 5).
 # - Two readings: 1,234 is a number or a list, 50% is 50 or 1/2.
 # - A gold with a decimal of three or more significant digits stands for what rounds to it, within
 #   0.11%: for 16.67, 50/3 is right. An answer may be rounded by 2e-6, so 16.67 is wrong for 50/3.
@@ -1844,8 +1848,8 @@ MOST_TOKENS = 120       # of an answer; longer ones only equal the same tokens
 MOST_BITS = 10_000      # of an exact number: 9^{9^9} is refused before it is computed
 POINTS = 3              # at which answers are compared
 
-# Other spellings. CHARACTERS are replaced in the text, where ` becomes the thousands separator.
-# Each row of SPELLINGS is one token, of which the first spelling is kept. IGNORED change no value.
+# Other spellings. CHARACTERS are replaced in the text; ` stands for a thousands separator.
+# SPELLINGS, between bars, are of one token; the first one is kept. IGNORED change no value.
 CHARACTERS = {r"\displaystyle": "", "{,}": "`", r",\! ": "`", r",\!": "`", "{pmatrix}": "",
               "{bmatrix}": "", "<=": "≤", ">=": "≥", "!=": "≠"}
 SPELLINGS = r"""\frac \dfrac \tfrac \cfrac | \sqrt √ sqrt | \pi π pi | \infty ∞ | \log \ln ln log
@@ -1980,11 +1984,16 @@ def split_name(tokens):
     2x = 6 or x = 5x, have none."""
     if "=" not in tokens:
         return [], tokens
-    end = tokens.index("=")
-    name = tokens[:end]
-    # In x = 1 or x = 2 the name comes again.
-    again = " ".join(["", *name, "="])
-    value = " ".join(["", *tokens[end + 1:]]).replace(again, "").split()
+    name = tokens[:tokens.index("=")]
+    start = [*name, "="]
+    value = []
+    rest = tokens
+    while rest:
+        if rest[:len(start)] == start:                  # in x = 1 or x = 2 it comes again
+            rest = rest[len(start):]
+        else:
+            value.append(rest[0])
+            rest = rest[1:]
     is_equation = "=" in value or (name and is_variable(name[0]) and name[0] in value)
     if value and is_name(name) and not is_equation:
         return name, value
@@ -2033,11 +2042,11 @@ def rounding_error(tokens, most):
 
 def scan(text, comma, is_prose=False):
     r"""The tokens of LaTeX: \frac, 12, x_1, +. Here xy is x times y; but in prose, like \text{} or
-    "no solution", a run of letters is a word, and gets a quote: "solution."""
+    no solution, a run of letters is a word. The token of a word begins with a quote."""
     for other, spelling in CHARACTERS.items():
         text = text.replace(other, spelling)
     text = text.strip("$ \n").removesuffix(".")
-    # Three letters in a row, or capitals alone, are a word: no solution, YES, but not xy.
+    # Letters alone, three in a row or all capitals, are prose: no solution and YES, but not xy.
     longest = max(map(len, text.replace(",", " ").replace("-", " ").split()), default=0)
     if longest > 2 or text.isupper() or text.lower() == "no":
         is_prose = is_prose or set(text) <= set(ascii_letters + " ,.'-")
@@ -2104,7 +2113,7 @@ def split_number(text):
     if set(map(len, groups)) == {3} and len(first) < 4 and first[0] != "0":
         number = number.replace("`", "", len(groups))
     exponent = run_in_front(rest[1:], digits + "+-")
-    # 3e-5 is e times 3, minus 5: only 3.0e-5 and 3e-05 are powers of ten.
+    # 3e-5 is e times 3, minus 5, while 3e5, 3.0e-5, 3e-05 and 3e-12 are numbers.
     is_clear = "." in number or exponent.isdecimal() or len(exponent) > 2
     if rest.startswith("e") and is_clear and 0 < len(exponent) < 5:
         return number + "e" + exponent, rest[1 + len(exponent):]
@@ -2143,14 +2152,16 @@ def read_answer(tokens, percent):
         raise ValueError("too many tokens")
     # The parser takes tokens from a stack: the next one is the last.
     stack = [END, *reversed(tokens)]
-    # Only a product may end in %. With the higher floor, 2 + 3% is read up to the +, and refused.
-    value = read_expression(stack, SUM if "%" in tokens else 0)
+    floor = 0                                           # read all
+    if "%" in tokens:
+        floor = SUM     # read a product: in 2 + 3% the rest is left over, and refused below
+    value = read_expression(stack, floor)
     if stack[-1] == "%":
         stack.pop()
         value = compute_number(truediv, value, [percent] * POINTS)
     while stack[-1].startswith('"'):
         word = stack.pop()[1:].partition("^")[0]
-        # 5 apples is 5, 5 million is not; after a formula only known units may follow.
+        # 5\text{ apples} is 5, 5\text{ million} is not; only known units may follow a formula.
         may_change = word.removesuffix("s") in NO_UNITS or not is_constant(value)
         if may_change and not is_unit(word):
             raise ValueError("words that may change the value")
@@ -2255,7 +2266,8 @@ def read_parts(stack, first):
         parts.append(read_expression(stack, STRENGTH[separator]))
     if separator == "=" and [type(part) for part in parts] == [list, list]:
         difference = compute_number(sub, *parts)
-        # Without variables it does not change, and the division refuses 2 = 3.
+        # Scaled so that the first two differ by 1. Without variables they do not differ, and the
+        # division refuses 2 = 3.
         change = difference[0] - difference[1]
         parts = [[value / change for value in difference]]
     return Structure(separator, parts)
@@ -2689,8 +2701,8 @@ def load_checkpoint(run):
                        optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
-    # For moments to save, torch made an unused optimizer take an empty step, and AdamW would count
-    # it. Start afresh.
+    # Before the first step an optimizer has no moments. So that it could save some, torch made it
+    # take an empty step, which AdamW would count. Start afresh.
     if run.done == 0:
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
@@ -3292,7 +3304,7 @@ def summary(group, fork, facts):
     if "I" in facts:
         total = facts["I"].nanmean(dim=0).sum()
         held = (facts["I"] * fork).nanmean(dim=0).sum()
-        text += f"; they hold {held:.2f} of the {total:.2f} nats of true credit per response"
+        text += f"; forks hold {held:.2f} of the {total:.2f} nats of true credit per response"
     return text
 
 

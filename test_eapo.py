@@ -2368,7 +2368,7 @@ def test_the_page_shows_entropy_true_credit_and_the_credit_of_both_rules(tmp_pat
     assert page.count("<span") == 7
     assert page.count("--I:0.100;") == page.count("  I 0.100") == 5
     forks = sum(text.count('class="fork"') for text in page.split("<pre>")[1:3])
-    assert f"they hold {.05 * forks:.2f} of the 0.25 nats of true credit per response." in page
+    assert f"forks hold {.05 * forks:.2f} of the 0.25 nats of true credit per response." in page
     assert "The answer is x. 1 of 4 responses are right." in page
     assert page.count("--GRPO:1.500;") == page.count("GRPO 1.500") == 3
     assert page.count("--GRPO:-0.500;") == page.count("GRPO -0.500") == 4
