@@ -1449,6 +1449,16 @@ def test_a_data_set_saved_to_disk_loads(tmp_path):
         assert load_file(tmp_path / name, split)[0].answer == "2"
 
 
+def test_evaluation_sets_have_short_names(tmp_path):
+    """x of x.jsonl and of the folder x/, whose split is part of the name."""
+    rows = datasets.Dataset.from_list([{"problem": "1+1", "answer": "2"}])
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "x")
+    (tmp_path / "y.z.jsonl").write_text('{"problem": "1+1", "answer": "2"}')
+    run = a_run(None, "--eval-data", f"{tmp_path}/x/, {tmp_path}/x:test, {tmp_path}/y.z.jsonl")
+    eapo.load_eval_sets(run)
+    assert list(run.eval_sets) == ["x", "x-test", "y.z"]
+
+
 def test_a_folder_with_a_colon_in_its_name_is_a_path(tmp_path):
     rows = datasets.Dataset.from_list([{"problem": "1+1", "answer": "2"}])
     rows.save_to_disk(tmp_path / "a:b")
@@ -2253,6 +2263,9 @@ def test_a_continuation_ends_where_its_response_would():
     assert rest.limit == 5
     assert rest.ids == [5, digits[0]]
     assert rest.check("2", "12")
+    rest = eapo.rest_of(run, problem, digits[:5])       # the last token that may be written
+    assert rest.limit == 1
+    assert rest.check("6", "123456")
     for begun in (digits, digits[:2] + [1]):
         rest = eapo.rest_of(run, problem, begun)
         assert rest.limit == 1
@@ -2885,6 +2898,9 @@ def test_a_folder_that_holds_anything_is_not_written_over(undisturbed, tmp_path)
     cfg = parse(["--model", tmp_path, "--out", tmp_path / "run"])
     with pytest.raises(SystemExit, match="lies in the folder of --model"):
         eapo.folder_of(cfg, eapo.World(cfg))
+    beside = f"{tmp_path}-2"                            # begins with the same letters
+    cfg = parse(["--model", tmp_path, "--out", f"{beside}/"])
+    assert eapo.folder_of(cfg, eapo.World(cfg)) == beside
 
     run = a_run()
     run.out = str(tmp_path / "new")
