@@ -41,7 +41,7 @@ The file reads from the top like a newspaper, the method first and then what it 
     Appendices: A The verifier    B Data    C The machine    D What a run shows
                 E The command line
 
-Run `python eapo.py` to watch a tiny model learn to carry digits, in about a minute on a laptop;
+Run `python eapo.py` to watch a tiny model learn to carry digits, in under a minute on a laptop;
 `python eapo.py --model Qwen/Qwen2.5-Math-7B` for the paper's run, on all GPUs of the machine; and
 `python eapo.py --help` for every setting. Left out on purpose: a value network (a learned guess of
 the reward), a KL penalty towards a reference model, and learned rewards.
