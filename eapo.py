@@ -23,8 +23,8 @@ a micro-batch, and M counts tokens taken from several rows.
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
     L      tokens of the longest prompt with its response (in (2), the loss)
     T      tokens of the longest response
-    V      size of the vocabulary (in part 8, a chance)    D  of a hidden state
-    r      reward of a response: +1 if its answer is right, else -1 or (--overlong) less     (N,)
+    V      size of the vocabulary (in part 8, a chance)      D  size of a hidden state
+    r      reward of a response: +1 if its answer is right, else -1; less with --overlong    (N,)
     A      advantage of a response: how much better it was than its group, (1)               (N,)
     A^CA   credit of a token, (7)                                                            (N, T)
     pi_old the policy as it was when the step began and sampled the responses
@@ -405,8 +405,9 @@ def train(cfg):
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
                 # Add a term of your own here, weighted by micro.weight. (For a KL penalty, make a
-                # second Policy after the warm-up, as open_run makes the first; call `score` on it
-                # in `sample_and_mark`; and keep the result in a new field of Batch.)
+                # second Policy in open_run, give it the state_dict of the first after the warm-up,
+                # call `score` on it in `sample_and_mark`, and keep the result in a new field of
+                # Batch.)
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -779,8 +780,7 @@ def score(policy, world, batch, temperature):
 #                                         the newest token
 #     slot 3   . . . . . . .          .   left over from an earlier response, never looked at
 #
-# Here G = 2. Slots 0 and 1 have the same prompt; slot 3 is idle until any of
-# the others has finished too.
+# Here G = 2. Slots 0 and 1 have the same prompt; slot 3 is idle until one of the others is, too.
 
 @torch.no_grad()
 def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seeds,
@@ -813,6 +813,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     # What is given for each: its limit, the position of its last prompt token, and random numbers.
     # Row N is a bin, on which all idle slots work. Its prompt_end and its length stay 0, so they
     # write at position 0 of their caches, which the next prompt will write over.
+    # (Its limit plays no part.)
     most = [n for n in limits for _ in range(G)]
     ends = [len(prompt) - 1 for prompt in prompts for _ in range(G)]
     limit = torch.tensor(most + [1], device=device)
@@ -1098,7 +1099,7 @@ def micro_batches(run, batch):
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, budget)
     # 5 pieces would keep 3 processes busy for two rounds, but leave one of them idle in the second.
-    # So make the pieces smaller, as long as there are no more rounds.
+    # So make the pieces smaller, as long as that takes no further round.
     rounds = math.ceil(len(pieces) / world.size)
     while world.size > 1 and budget > lengths.max():
         budget = int(0.9 * budget)
@@ -1207,8 +1208,7 @@ def tiny_model(seed):
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(pieces), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=512, initializer_range=0.08,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
-        pad_token_id=0))
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
     return lm, tokenizer
 
 
@@ -3299,8 +3299,8 @@ def summary(group, fork, facts):
         if credit.any():
             share = credit[fork].sum() / credit.sum()
             text += f"; {rule} gives them {share:.0%} of the credit"
-        else:
-            text += f"; {rule} gives no credit, as all rewards are the same"
+    if not facts["GRPO"].any():
+        text += "; as all rewards are the same, no token gets credit"
     if "I" in facts:
         total = facts["I"].nanmean(dim=0).sum()
         held = (facts["I"] * fork).nanmean(dim=0).sum()

@@ -2357,6 +2357,21 @@ def a_page(tmp_path, text, *flags, step=0, measured=2, times=1):
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_page_says_why_no_token_gets_credit():
+    """Where all responses are right there is no credit, and so there are no shares of it."""
+    group = make_batch([[5]] * 2, [[6, 7]] * 2)
+    group.right = torch.tensor([True, True])
+    fork = torch.tensor([[True, False]] * 2)
+    none = torch.zeros(2, 2)
+    assert eapo.summary(group, fork, {"GRPO": none, "EAPO": none}) == (
+        "2 of 2 responses are right. Forks are 50% of the tokens; as all rewards are the same, no "
+        "token gets credit")
+    some = torch.tensor([[1., 1], [-1, -1]])
+    assert eapo.summary(group, fork, {"GRPO": some, "EAPO": some}) == (
+        "2 of 2 responses are right. Forks are 50% of the tokens; GRPO gives them 50% of the "
+        "credit; EAPO gives them 50% of the credit")
+
+
 EVIL = "</pre><script>alert(1)</script>\"'><img src=x onerror=y>&\0\t\r\x1b\u202e\ud800"
 
 
