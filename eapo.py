@@ -80,9 +80,6 @@ from zlib import crc32
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.distributed.checkpoint.state_dict as dcs
-import torch.distributed.fsdp as fsdp
 import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
@@ -761,7 +758,7 @@ def score(policy, world, batch, temperature):
         t = logp.shape[1]
         all_logp[rows, :t] = logp.cpu()
         all_H[rows, :t] = H.cpu()
-    if isinstance(policy, fsdp.FSDPModule):
+    if world.sharded:
         policy.reshard()                                # or embedding and head would stay whole
     return all_logp, all_H
 
@@ -2500,6 +2497,9 @@ class World:
     """
 
     def __init__(self, cfg):
+        # These two are imported here because that takes a second, which --help does without.
+        import torch.distributed.checkpoint.state_dict
+        import torch.distributed.fsdp
         cuda = torch.cuda.is_available()
         self.rank = int(os.environ.get("RANK", 0))      # torchrun sets these three
         self.size = int(os.environ.get("WORLD_SIZE", 1))
@@ -2601,16 +2601,16 @@ def shard(policy, world, offload):
         return policy.to(world.device)
     compute_dtype = torch.bfloat16 if world.bf16 else None
     options = dict(mesh=dist.init_device_mesh(world.device.type, (world.size,)),
-                   mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype,
-                                                       reduce_dtype=torch.float32))
+                   mp_policy=dist.fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype,
+                                                            reduce_dtype=torch.float32))
     if offload:
-        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=False)
+        options["offload_policy"] = dist.fsdp.CPUOffloadPolicy(pin_memory=False)
     lists = [x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList)]
     for layer in lists[0]:                              # the decoder's layers
         if world.device.type == "cuda":
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        fsdp.fully_shard(layer.to(world.device).float(), **options)
-    return fsdp.fully_shard(policy.float(), **options)
+        dist.fsdp.fully_shard(layer.to(world.device).float(), **options)
+    return dist.fsdp.fully_shard(policy.float(), **options)
 
 
 @torch.no_grad()
@@ -2643,8 +2643,9 @@ def save_model(run):
     """Write the policy and its tokenizer as an ordinary Hugging Face folder, out/model."""
     path = f"{run.out}/model"
     lm = run.policy.lm
-    options = dcs.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcs.get_model_state_dict(lm, options=options)
+    state_dict = dist.checkpoint.state_dict
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = state_dict.get_model_state_dict(lm, options=options)
     if run.world.rank == 0:
         for name in lm.all_tied_weights_keys:           # a file holds tied weights once
             weights.pop(name, None)
@@ -2666,7 +2667,7 @@ def checkpoint_state(run):
     There is no random state to keep: the random numbers of a response and the order of an epoch
     come from seeds and counts alone.
     """
-    model, moments = dcs.get_state_dict(run.policy, run.optimizer)
+    model, moments = dist.checkpoint.state_dict.get_state_dict(run.policy, run.optimizer)
     problems = [(problem.problem, str(problem.answer)) for problem in run.stream.problems]
     data = crc32(json.dumps(problems).encode())         # to notice other data on resume
     return {"model": model, "optimizer": moments, "step": run.done, "position": run.stream.position,
@@ -2679,7 +2680,7 @@ def save_checkpoint(run):
     if run.world.gather(os.path.exists(path))[0]:
         return
     with one_line_errors(path):
-        dcp.save(checkpoint_state(run), checkpoint_id=path + ".new")
+        dist.checkpoint.save(checkpoint_state(run), checkpoint_id=path + ".new")
     if run.world.rank == 0:
         os.replace(path + ".new", path)
         for old in checkpoints(run.out)[:-2]:
@@ -2694,11 +2695,12 @@ def load_checkpoint(run):
     *earlier, path = checkpoints(run.out)
     instead = f", delete it to go on from {earlier[-1]}" if earlier else ""
     with one_line_errors(path + instead):
-        dcp.load(state, checkpoint_id=path)
+        dist.checkpoint.load(state, checkpoint_id=path)
     require(state["data"] == data, f"{run.cfg.train_data} is not the data that {run.out} was "
             "trained on: its problems differ")
-    dcs.set_state_dict(run.policy, run.optimizer, model_state_dict=state["model"],
-                       optim_state_dict=state["optimizer"])
+    dist.checkpoint.state_dict.set_state_dict(
+        run.policy, run.optimizer, model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
     # Before the first step an optimizer has no moments. So that it could save some, torch made it
@@ -3074,9 +3076,9 @@ def one_line_errors(source):
     """Turn what goes wrong with a file, a model, a disk or the network into one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
         raise
-    except (Exception, dcp.CheckpointException) as error:       # the latter is a BaseException
+    except BaseException as error:      # which torch's errors of checkpoints are, no Exceptions
         message = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
         remedies = [remedy for sign, remedy in REMEDIES.items() if sign in message]
         message = " ".join(message.split())

@@ -3180,7 +3180,7 @@ def test_a_policy_is_cut_at_its_decoder_layers_and_not_at_lists_within_them(proc
     run = a_run(lm)
     run.world.sharded = True
     policy = eapo.shard(Policy(lm), run.world, offload=False)
-    pieces = [x for x in policy.modules() if isinstance(x, eapo.fsdp.FSDPModule)]
+    pieces = [x for x in policy.modules() if isinstance(x, torch.distributed.fsdp.FSDPModule)]
     assert pieces == [policy, *lm.model.layers]
 
 
