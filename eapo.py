@@ -797,33 +797,27 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     N = len(prompts) * G
     slots = min(N, max(1, slots_at_most // G) * G)
     room = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
-    max_tokens = max(limits, default=0)
+    most = max(limits, default=0)
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
-    # What is kept of each response, in rows 0 to N - 1. A slot that is idle for the moment is still
-    # computed. What it writes goes to row N, and is thrown away.
-    tokens = torch.zeros(N + 1, max_tokens, dtype=torch.long, device=device)
-    logp = torch.zeros(N + 1, max_tokens, device=device)
-    H = torch.zeros(N + 1, max_tokens, device=device)
-    length = torch.zeros(N + 1, dtype=torch.long, device=device)
+    # What is given for each response: its limit, the position of its last prompt token, and a
+    # random number for each of its tokens. A slot that is idle for the moment is still computed,
+    # as if it were writing a response of its own, row N, which is thrown away.
+    all_limits = [limit for limit in limits for _ in range(G)]
+    all_ends = [len(prompt) - 1 for prompt in prompts for _ in range(G)]
+    limit = torch.tensor(all_limits + [0], device=device)                       # (N + 1,)
+    prompt_end = torch.tensor(all_ends + [0], device=device)                    # (N + 1,)
+    u = random_numbers([*seeds, 0], G, most)[:N + 1].to(device)                 # (N + 1, most)
 
-    # What is given for each: its limit, the position of its last prompt token, and random numbers.
-    # Row N is a bin, on which all idle slots work. Its prompt_end and its length stay 0, so they
-    # write at position 0 of their caches, which the next prompt will write over.
-    # (Its limit plays no part.)
-    most = [n for n in limits for _ in range(G)]
-    ends = [len(prompt) - 1 for prompt in prompts for _ in range(G)]
-    limit = torch.tensor(most + [1], device=device)
-    prompt_end = torch.tensor(ends + [0], device=device)
-    u = torch.zeros(N + 1, max_tokens)
-    for i, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        # Drawn as (tokens, G), so that a larger max_tokens only appends rows.
-        u[i * G:(i + 1) * G] = torch.rand(max_tokens, G, generator=generator).T
-    u = u.to(device)
+    # What is kept of each.
+    tokens = torch.zeros(N + 1, most, dtype=torch.long, device=device)
+    logp = torch.zeros(N + 1, most, device=device)
+    H = torch.zeros(N + 1, most, device=device)
+    length = torch.zeros(N + 1, dtype=torch.long, device=device)
+    ended = torch.zeros(N + 1, dtype=torch.bool, device=device)
 
     # What each slot is doing.
-    row = torch.full((slots,), N, device=device)        # which row it fills; N: it is idle
+    row = torch.full((slots,), N, device=device)        # which response it writes; N: it is idle
     newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next
     cache = transformers.Cache(layers=[])
 
@@ -832,14 +826,14 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         # Prefill fills the cache, and computes no logits. Those of the first response token come
         # from the first decode step, which reads the last prompt token once more, and writes its
         # key and value again. So one line below draws every token.
-        free = (row == N).nonzero()[:, 0]
+        idle = (row == N).nonzero()[:, 0]
         at_once = max(1, 16384 // max(map(len, prompts)))   # bounds the memory that reading takes
-        n = min(len(free) // G, len(waiting), at_once)
+        n = min(len(idle) // G, len(waiting), at_once)
         if n > 0:
             new = waiting[:n]
             waiting = waiting[n:]
-            prefill(lm, [prompts[i] for i in new], G, cache, free[:n * G], slots, room)
-            for i, group in zip(new, free[:n * G].split(G)):
+            prefill(lm, [prompts[i] for i in new], G, cache, idle[:n * G], slots, room)
+            for i, group in zip(new, idle[:n * G].split(G)):
                 row[group] = i * G + torch.arange(G, device=device)
                 newest[group] = prompts[i][-1]
 
@@ -865,27 +859,40 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         token = draw(logits, u[row, t], temperature, top_p)                     # (slots,)
         tokens[row, t] = token
         logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
+        ended[row] = torch.isin(token, stop)
         length[row] = t + 1
-        length[N] = 0                                   # the bin stays empty
+        length[N] = 0           # idle slots write at position 0, which the next prompt writes over
 
         newest = token
-        finished = torch.isin(token, stop) | (t + 1 == limit[row])
+        finished = ended[row] | (length[row] == limit[row])
         row = row.masked_fill(finished, N)
         if keep_on and not keep_on(len(busy)):
             break
 
     # What was kept, without row N, cut to the longest response.
-    tokens = tokens.cpu()
     responses = []
-    for ids, n in zip(tokens[:N], length.tolist()):
+    for ids, n in zip(tokens[:N].cpu(), length.tolist()):
         responses.append(ids[:n].tolist())
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
     T = batch.mask.shape[1]
     batch.old_logp = logp[:N, :T].cpu().clone()         # or processes would send what was cut off
     batch.H = H[:N, :T].cpu().clone()
-    ended = [ids != [] and ids[-1] in stop_ids for ids in responses]
-    batch.ended = torch.tensor(ended, dtype=torch.bool)
+    batch.ended = ended[:N].cpu()
     return batch
+
+
+def random_numbers(seeds, group_size, most):
+    """The numbers in [0, 1) that draw the tokens of G responses per seed, at most `most` each.
+
+    -> (len(seeds) * G, most). Those of a seed depend on no other, and a larger `most` only adds
+    some at the end of each row.
+    """
+    parts = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        # Drawn as (most, G): a row is one token of all G responses, and more of them come last.
+        parts.append(torch.rand(most, group_size, generator=generator).T)
+    return torch.cat(parts)
 
 
 class SlotLayer(transformers.cache_utils.DynamicLayer):
@@ -1571,16 +1578,25 @@ def measure(run, batch, sums):
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 8. Credit, measured. How much of the doubt about r, whether the response will be right, goes
-# away at place t, on average over the tokens that could be drawn there?
+# Part 8. Credit, measured. What was a token really worth? Where sampling is cheap we can find out:
+# stop before it, put each likely token in its place, and finish the response many times.
+#
+# For example, after 9+0=9 7+4=11 1+7 comes a + (for the carry that is due) or an =. Say the policy
+# draws them with probabilities .4 and .6, and of 16 continuations of each, 12 and 1 are right. V is
+# the chance that the response will be right, and h(V) the doubt about that, in nats:
+#
+#     V before the token    .4 * 12/16 + .6 * 1/16            = .34
+#     true advantage        of +: 12/16 - .34 = +.41, of =: 1/16 - .34 = -.28
+#     doubt before          h(.34)                            = .64,   h(x) = -x log x
+#     doubt after           .4 * h(12/16) + .6 * h(1/16)      = .37            - (1 - x) log(1 - x)
+#     true credit I         .64 - .37                         = .27,   while H = .67
+#
+# The true advantage says what the token that was drawn did to the chance, for better or for worse;
+# the credit of a rule should resemble it. I says how much was decided at this place, whichever
+# token was drawn. A choice that makes no difference, such as 1+7 or 7+1, has H = .69 and I = 0. The
+# paper proves that I is never above H (Proposition 1; H(r | ..) is the entropy of the verdict):
 #
 #     I(o_t; r | s_t) = H(r | s_t) - H(r | s_t, o_t) = H_t - H(o_t | s_t, r) <= H_t
-#
-# (H(r | ..) is the entropy of the verdict, H_t that of the token.) The second form is the paper's
-# Proposition 1. The first can be measured where sampling is cheap: stop before a token, put each
-# likely token in its place, and finish the response many times. I, the true credit, belongs to the
-# place, whichever token was drawn, and has no direction. The true advantage belongs to the token
-# that was drawn, for better or for worse, and is what the credit of a rule should resemble.
 # --------------------------------------------------------------------------------------------------
 
 class Branch(NamedTuple):
@@ -1600,13 +1616,13 @@ def true_credit(run, batch, problems, budget, n=16):
     """What was each token really worth? Sets V, I and true_advantage of a Batch, (N, T) each.
 
         V(s) = sum_v pi(v) V(s, v)                  the chance that the response will be right
-        I    = h(V(s)) - sum_v pi(v) h(V(s, v))     nats, h(x) = -x log x - (1 - x) log(1 - x)
+        I    = h(V(s)) - sum_v pi(v) h(V(s, v))     nats
         true advantage = V(s, o) - V(s)             of the token o that was drawn
 
-    s is a prefix, v one of the likely next tokens, whose pi(v) are scaled to add up to 1, V(s, v)
-    the share of n continuations that are right, drawn at the temperature of evaluations from the
-    whole policy (top_p 1). In V(s, o) - V(s) both are estimates. At most `budget` branches are
-    continued: responses are taken in order, and one that would exceed the budget stays nan.
+    s is a prefix of a response, v one of the likely next tokens; their pi(v) are scaled to add up
+    to 1. V(s, v) is the share of n continuations that are right, drawn from the whole policy
+    (top_p 1) at the temperature of evaluations. At most `budget` branches (s, v) are continued:
+    responses are taken in order, and one that would exceed the budget stays nan.
     """
     # 1. Find the branches. Responses begin alike, and what several share is continued once.
     decisions = {}                                      # {i: [Decision, ...]} of measured responses

@@ -2163,6 +2163,17 @@ def test_the_bias_of_an_estimated_entropy_is_taken_out():
     assert float(V) == .5 and float(I) == pytest.approx(math.log(2))
 
 
+def test_the_example_in_the_heading_of_part_8():
+    """pi = .4, .6 and 12, 1 of 16 right; with numbers of continuations that know no noise."""
+    V, I = eapo.value_and_information(torch.tensor([.4, .6]), torch.tensor([12 / 16, 1 / 16]), 1e9)
+    assert float(V) == pytest.approx(.3375)
+    before = -.3375 * math.log(.3375) - .6625 * math.log(.6625)
+    after = -.4 * (.75 * math.log(.75) + .25 * math.log(.25))
+    after -= .6 * (1 / 16 * math.log(1 / 16) + 15 / 16 * math.log(15 / 16))
+    assert float(I) == pytest.approx(before - after, abs=1e-6)
+    assert round(before, 2) == .64 and round(after, 2) == .37 and round(float(I), 2) == .27
+
+
 def test_a_value_that_rounding_lifts_above_1_is_still_no_doubt():
     pi = torch.tensor([1., 2e-7])
     assert float(pi.sum()) > 1
