@@ -1515,8 +1515,8 @@ def interval(values):
     if values.min() == values.max():
         # All samples of a bootstrap would be the same, as if the mean were certain. By the rule of
         # three, what was never seen in n problems may still have a share of up to 3 / n.
-        mean = float(values[0])
-        return torch.tensor([max(0.0, mean - 3 / n), min(1.0, mean + 3 / n)])
+        mean = values[0]
+        return torch.stack([mean - 3 / n, mean + 3 / n]).clamp(0, 1)
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(n, (2000, n), generator=generator)    # 2000 samples with replacement
     return torch.quantile(values[draws].mean(dim=1), torch.tensor([0.025, 0.975]))
@@ -1755,7 +1755,8 @@ def inspect_problems(run, step, name, problems, batch):
         if run.stopped:
             return {}
         metrics = credit_by_kind(run, name, few) | credit_by_rule(run, few)
-    show_responses(run, step, problems[run.page["problems"][0]], few.rows(slice(0, k)))
+    number = run.page["problems"][0]
+    show_responses(run, step, problems[number], few.rows(slice(0, k)))
     return metrics
 
 
@@ -1797,7 +1798,8 @@ def credit_by_kind(run, name, batch):
         ratio = I_here / H_here.clamp(min=1e-9)
         of_H = H_here / H.sum().clamp(min=1e-9)
         of_I = I_here / I.sum().clamp(min=1e-9)
-        run.world.print(f"  {kind:10}{share:8.1%}{of_H:8.1%}{of_I:8.1%}{ratio:8.3f}")
+        shares = f"{share:8.1%}{of_H:8.1%}{of_I:8.1%}"
+        run.world.print(f"  {kind:10}{shares}{ratio:8.3f}")
         metrics |= {f"credit/{kind}/tokens": share, f"credit/{kind}/H": H_here,
                     f"credit/{kind}/I": I_here, f"credit/{kind}/I/H": ratio}
     return metrics
@@ -2822,8 +2824,9 @@ def close_run(run):
     world.print("")
     rates = [row["solve_rate"] for row in run.history if "solve_rate" in row]
     if rates:
-        bars = sparkline(rates)
-        world.print(f"solve rate {rates[0]:.0%} {bars} {rates[-1]:.0%} in training")
+        first = f"{rates[0]:.0%}"
+        last = f"{rates[-1]:.0%}"
+        world.print(f"solve rate {first} {sparkline(rates)} {last} in training")
     for name in run.eval_sets if run.history else []:
         world.print(outcome(run, name))
     if "base" in run.page:
@@ -3137,10 +3140,16 @@ def explain_scores(run):
 def print_evaluation(run, step, name, problems, batch, scores):
     """Print the scores, and responses to the problem whose solve rate is nearest to one half."""
     k = run.cfg.eval_samples
-    when = f"step {step}" if step > 0 else "model" if run.cfg.eval_only else "base"
-    run.world.print(f"\n{when:8} {name}: Avg@{k} {scores[f'avg@{k}']:.3f} "
-                    f"({scores['avg_low']:.3f} to {scores['avg_high']:.3f}), "
-                    f"Pass@{k} {scores[f'pass@{k}']:.3f}, entropy {scores['entropy']:.3f}")
+    when = "model" if run.cfg.eval_only else "base"
+    if step > 0:
+        when = f"step {step}"
+    avg = scores[f"avg@{k}"]
+    low = scores["avg_low"]
+    high = scores["avg_high"]
+    passed = scores[f"pass@{k}"]
+    H = scores["entropy"]
+    run.world.print(f"\n{when:8} {name}: Avg@{k} {avg:.3f} ({low:.3f} to {high:.3f}), "
+                    f"Pass@{k} {passed:.3f}, entropy {H:.3f}")
     number = by_doubt(batch, k)[0]
     print_responses(run, problems[number], batch.rows(batch.number == number))
 
@@ -3164,7 +3173,10 @@ def print_responses(run, problem, group):
 
 def printable(text):
     """Text from a model or a file, with what cannot be printed made visible: escape codes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    plain = ""
+    for character in str(text):
+        plain += character if character.isprintable() else ascii(character)[1:-1]
+    return plain
 
 
 def outcome(run, name):
@@ -3182,9 +3194,12 @@ def outcome(run, name):
     if len(rows) == 1:
         return text
     verdict = "no difference is shown, as the 95% intervals overlap"
-    if low > first_high or high < first_low:
-        verdict = f"{'better' if last > first else 'worse'}, as the 95% intervals do not overlap"
-    return f"{text} before, {last:.3f} after step {rows[-1]['step']}: {verdict}"
+    if low > first_high:
+        verdict = "better, as the 95% intervals do not overlap"
+    elif high < first_low:
+        verdict = "worse, as the 95% intervals do not overlap"
+    step = rows[-1]["step"]
+    return f"{text} before, {last:.3f} after step {step}: {verdict}"
 
 
 def sparkline(values):
@@ -3411,7 +3426,8 @@ def curve(title, steps, low, middle, high):
     top = max(1e-6, *high)
 
     def path(xs, ys):
-        return " ".join(f"{x},{-y:f}" for x, y in zip(xs, ys))
+        points = [f"{x},{-y:f}" for x, y in zip(xs, ys)]        # in SVG, y points down
+        return " ".join(points)
     band = path(steps + steps[::-1], high + low[::-1])
     return f"""<figure>{top:.2f}<svg viewBox="0 {-top:f} {last} {top:f}" preserveAspectRatio="none">
 <polygon points="{band}" fill="#2f7de1"/><polyline points="{path(steps, middle)}"/></svg>
