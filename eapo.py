@@ -88,9 +88,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 # --------------------------------------------------------------------------------------------------
-# Part 1. Settings. Each field of Config is also a flag of the command line. Except for the model,
-# the defaults are those of the paper's run of Qwen2.5-Math-7B (table 6). PRESETS says what other
-# models change, `tiny` among them; `parse_args` applies it.
+# Part 1. Settings. Each field of Config is also a flag of the command line. The defaults are the
+# paper's for Qwen2.5-Math-7B (table 6), where it names a value. PRESETS says what other models
+# change, `tiny` among them; `parse_args` applies it.
 # --------------------------------------------------------------------------------------------------
 
 def flag(default, description, heading=None):
@@ -115,7 +115,8 @@ class Config:
                                 "columns problem and solution",
                             "supervised warm-up before RL, for models that do not know the task")
     warmup_steps: int = flag(0, "optimizer steps, with 16 solutions each; 0: no warm-up")
-    warmup_learning_rate: float = flag(1e-5, "reached after 20 steps; falls over the last 30%")
+    warmup_learning_rate: float = flag(1e-5, "rises over the first 20 steps and falls over the "
+                                           "last 30%")
 
     steps: int = flag(220, "RL steps: each samples a batch, then learns from it", "the batch")
     prompts_per_step: int = flag(512, "groups to learn from in a step; fewer if --resample rounds "
@@ -123,7 +124,8 @@ class Config:
     group_size: int = flag(8, "G, responses per prompt")
     prompts_per_minibatch: int = flag(32, "at most this many prompts per optimizer step")
     microbatch_tokens: int = flag(0, "padded tokens per pass through the model; changes memory and "
-                                     "speed, not results; 0: 16384 on a GPU, 2048 on a CPU")
+                                     "speed, and results by rounding alone; 0: 16384 on a GPU, "
+                                     "2048 on a CPU")
     resample: int = flag(2, "at most this many more rounds of sampling per step, to replace groups "
                             "whose responses are all right or all wrong (dynamic sampling)")
 
@@ -156,9 +158,9 @@ class Config:
     eval_samples: int = flag(4, "responses per problem: the k of Avg@k and Pass@k")
     eval_temperature: float = flag(0.6, "sampling temperature in evaluations; 0: greedy")
     eval_top_p: float = flag(0.95, "--top-p in evaluations")
-    credit_problems: int = flag(0, "held-out problems in which true credit is measured, in the "
+    credit_problems: int = flag(0, "held-out problems in which credit is measured (part 8), in the "
                                    "evaluations before the first and after the last step, with at "
-                                   "most 1600 continuations per problem on average (part 8)")
+                                   "most 1600 continuations per problem on average")
     eval_only: bool = flag(False, "only evaluate, for instance with --model FOLDER/model")
 
     gpus: int = flag(0, "GPUs of this machine to use; 0: all", "the machine")
@@ -290,9 +292,10 @@ def quadrants(rewards, H, mask, group_size):
         1 PHR    right response, H >= mu_H              2 PLR    right response, H < mu_H
         3 NLR    wrong response, H <  mu_H              4 NHR    wrong response, H >= mu_H
 
-    rewards (N,), above 0 for right responses, H (N, T), mask (N, T) -> (N, T) int, 0 outside the
-    mask. Every response token is in exactly one quadrant, so the losses of the four add up to the
-    whole loss. In the paper the gains come from the two with high entropy.
+    rewards (N,), above 0 for right responses (or the verdicts, True and False), H (N, T),
+    mask (N, T) -> (N, T) int, 0 outside the mask. Every response token is in exactly one quadrant,
+    so the losses of the four add up to the whole loss. In the paper the gains come from the two
+    with high entropy.
     """
     mu, _ = entropy_mean_and_std(H, mask, group_size)                           # (N, 1)
     high = H >= mu                                                              # (N, T)
@@ -363,7 +366,7 @@ def token_weights(mask, group_size, loss_mean):
 def train(cfg):
     """Reinforcement learning with verifiable rewards -> the Run. Its files are in run.out."""
     run = open_run(cfg)
-    world = run.world           # the processes: one per GPU, each with a share of the work
+    world = run.world           # the processes, one per GPU; each does a share of the work
     policy = run.policy         # pi_theta
     clips = (cfg.clip_low, cfg.clip_high, cfg.clip_c)
     if cfg.resume:
@@ -401,10 +404,10 @@ def train(cfg):
             for micro in micro_batches(run, mini):      # this process's share
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                # Add a term of your own here, weighted by micro.weight. (For a KL penalty, make a
-                # second Policy in open_run, give it the state_dict of the first after the warm-up,
-                # call `score` on it in `sample_and_mark`, and keep the result in a new field of
-                # Batch.)
+                # Add a term of your own here, weighted by micro.weight. (For a KL penalty, start
+                # from a model that needs no warm-up. In open_run, `load_model` and `shard` a second
+                # policy; in sample_and_mark, `score` the batches of "train" with it, into a new
+                # field of Batch.)
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -417,7 +420,8 @@ def train(cfg):
         run.done = step
 
         # Evaluate, and save. Watch the solve rate: the loss of a policy gradient does not measure
-        # progress. For most rules its value stays near 0; only its gradient is meaningful.
+        # progress. At rho = 1 it is minus the mean credit, which says little more than whether
+        # right or wrong responses are longer. Only its gradient is meaningful.
         metrics = measure(run, batch, sums)
         bar.set_postfix_str(f"solve rate {metrics['solve_rate']:.0%}, entropy "
                             f"{metrics['entropy']:.3f} nats", refresh=False)
@@ -480,11 +484,11 @@ class Run:
 def assign_credit(batch, cfg):
     """The credit of each token: what takes the place of A_t in (2).  -> (N, T), 0 outside the mask
 
-    To add a rule, write a function like those below and an entry in CREDIT_RULES. It finds
-    `advantage` (N,), and `quadrant`, `old_logp`, `H` (N, T) and so on in the Batch, which holds all
-    responses of the step, those of dropped groups too. (In part 8 it holds some of an evaluation.)
-    What a rule returns outside the mask does not matter. A token with credit 0 still counts in the
-    mean of (2).
+    To add a rule, write a function like those below and an entry in CREDIT_RULES. The Batch holds
+    all responses of the step, those of dropped groups too, or in part 8 some of an evaluation. A
+    rule finds in it `advantage`, `reward`, `right` (N,), `quadrant`, `old_logp`, `H`, `mask` (N, T)
+    and the lengths. What it returns outside the mask does not matter. A token with credit 0 still
+    counts in the mean of (2).
     """
     batch.quadrant = quadrants(batch.right, batch.H, batch.mask, cfg.group_size)
     credit = CREDIT_RULES[cfg.method](batch, cfg)                               # (N, T)
@@ -551,9 +555,10 @@ CREDIT_RULES = {
 class Batch:
     """N responses, the G responses to a prompt in neighbouring rows. Fields are None until known.
 
-    A row is a prompt, its response, and zeros up to the longest row. The batch is in host memory,
-    except for the micro-batch that a GPU works on. Masks come from the lengths, never from token
-    values: many models pad with their stop token.
+    A row is a prompt, its response, and zeros up to the longest row. What is known of each response
+    token is 0 outside the mask. Masks come from the lengths, never from token values: many models
+    pad with their stop token. The batch is in host memory, except for the micro-batch that a GPU
+    works on.
     """
     ids: torch.Tensor               # (N, L) prompt, then response
     prompt_len: torch.Tensor        # (N,)   tokens
@@ -572,7 +577,7 @@ class Batch:
     quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside the mask
     weight: torch.Tensor = None     # (N, T) what each token counts in the loss
     V: torch.Tensor = None          # (N, T) chance, before each token, of a right answer: part 8
-    I: torch.Tensor = None          # (N, T) true credit: how much is decided there, nats
+    I: torch.Tensor = None          # (N, T) information: how much is decided there, nats
     true_advantage: torch.Tensor = None     # (N, T) V(s, o) - V(s) of the token drawn
 
     @property
@@ -660,7 +665,7 @@ def collect_rollouts(run):
 
 
 def sample_and_mark(run, numbered, name, samples, temperature, top_p):
-    """Several responses to each (number, problem), with their rewards -> a Batch, in that order.
+    """Several responses to each (number, problem), with their rewards -> a Batch, by number.
 
     name: "train", "credit" or that of an evaluation set. With the seed of the run and the number of
     the problem, it decides which random numbers the `samples` responses get. If a signal cuts the
@@ -701,9 +706,10 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
 def rescore(run, batch, temperature):
     """Set `gap` and, if the sampler computes in bf16, replace its old_logp and H by the policy's.
 
-    rho needs log-probabilities of pi_theta and pi_old from the same computation, and a bf16 copy
-    with a KV cache rounds differently from the policy. In fp32 the two should agree. Whether they
-    do is measured on the longest response of each process, where a gap would show first.
+    rho needs log-probabilities of pi_theta and pi_old from the same computation. A bf16 copy with a
+    KV cache rounds differently from the policy, which also multiplies in bf16, but without a cache.
+    In fp32 the two should agree. Whether they do is measured on the longest response of each
+    process, where a gap would show first.
     """
     by_length = batch.response_len.argsort(descending=True, stable=True)
     rows = by_length if run.world.bf16 else by_length[:1]       # all, or the longest alone
@@ -724,9 +730,8 @@ def mark(run, batch, problems):
     """
     cfg = run.cfg
     verdicts = []
-    for text, problem in zip(texts(run, batch), problems):
-        check = problem.check or is_correct             # a task may bring its own
-        verdicts.append(bool(check(text, problem.answer)))
+    for i, problem in enumerate(problems):
+        verdicts.append(is_right(run, problem, problem.begun + batch.response(i)))
     batch.right = torch.tensor(verdicts, dtype=torch.bool)
     batch.reward = torch.where(batch.right, 1.0, -1.0)
 
@@ -738,10 +743,11 @@ def mark(run, batch, problems):
         batch.reward -= (1 - left / last_share).clamp(0, 1)
 
 
-def texts(run, batch):
-    """The responses as text, without stop tokens and other special ones."""
-    responses = [batch.response(i) for i in range(len(batch.ids))]
-    return run.tokenizer.batch_decode(responses, skip_special_tokens=True)
+def is_right(run, problem, response):
+    """The verdict on a response, given as tokens."""
+    text = run.tokenizer.decode(response, skip_special_tokens=True)
+    check = problem.check or is_correct                 # a task may bring its own
+    return bool(check(text, problem.answer))
 
 
 @torch.no_grad()
@@ -771,13 +777,15 @@ def score(policy, world, batch, temperature):
 # start in them, while the other slots go on where they are. Every decode step adds one token to
 # each slot.
 #
-#     slot 0   p p p p r r r |        p   key and value of a prompt token
-#     slot 1   p p p p r r r |        r   of a response token
-#     slot 2   p p r r r r r r r |    |   `position`, where the next decode step writes those of
-#                                         the newest token
-#     slot 3   . . . . . . .          .   left over from an earlier response, never looked at
+#     place    0 1 2 3 4 5 6 7 8 9
+#     slot 0   p p p p r r r ^            p   key and value of a prompt token
+#     slot 1   p p p p r r r ^            r   of a response token
+#     slot 2   p p r r r r r r r ^        ^   `position`: the newest token was drawn, and the next
+#     slot 3   ^ . . . . . .                  decode step reads it and writes its key and value here
+#                                         .   left over from an earlier response
 #
-# Here G = 2. Slots 0 and 1 have the same prompt; slot 3 is idle until one of the others is, too.
+# Here G = 2 and `width` is 10. Slots 0 and 1 have the same prompt. Slot 2 answers another one, and
+# its partner in slot 3 has ended. An idle slot is computed like the others, but sees place 0 alone.
 
 @torch.no_grad()
 def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seeds,
@@ -801,13 +809,14 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
     # What is given for each response: its limit, the position of its last prompt token, and a
-    # random number for each of its tokens. A slot that is idle for the moment is still computed,
-    # as if it were writing a response of its own, row N, which is thrown away.
+    # random number for each of its tokens. Idle slots are computed as if they were writing row N,
+    # which is thrown away. Its limit is 0 and so, after every step, is its length. So it counts as
+    # finished, and an idle slot stays idle, at place 0, until the next prompt is written over it.
     all_limits = [limit for limit in limits for _ in range(G)]
     all_ends = [len(prompt) - 1 for prompt in prompts for _ in range(G)]
     limit = torch.tensor(all_limits + [0], device=device)                       # (N + 1,)
     prompt_end = torch.tensor(all_ends + [0], device=device)                    # (N + 1,)
-    u = random_numbers([*seeds, 0], G, most)[:N + 1].to(device)                 # (N + 1, most)
+    u = F.pad(random_numbers(seeds, G, most), (0, 0, 0, 1)).to(device)          # (N + 1, most)
 
     # What is kept of each.
     tokens = torch.zeros(N + 1, most, dtype=torch.long, device=device)
@@ -849,7 +858,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         # of this time. A CUDA graph would belong here, with `width` fixed.)
         t = length[row]                                 # how many tokens the rows have so far
         position = prompt_end[row] + t                  # where `newest` belongs in its slot
-        width = int(position.max()) + 1                 # no slot in use is filled further
+        width = int(position.max()) + 1                 # no slot needs to look further
         for layer in cache.layers:
             layer.position = position
             layer.width = width
@@ -861,7 +870,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
         ended[row] = torch.isin(token, stop)
         length[row] = t + 1
-        length[N] = 0           # idle slots write at position 0, which the next prompt writes over
+        length[N] = 0
 
         newest = token
         finished = ended[row] | (length[row] == limit[row])
@@ -887,7 +896,7 @@ def random_numbers(seeds, group_size, most):
     -> (len(seeds) * G, most). Those of a seed depend on no other, and a larger `most` only adds
     some at the end of each row.
     """
-    parts = []
+    parts = [torch.zeros(0, most)]
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         # Drawn as (most, G): a row is one token of all G responses, and more of them come last.
@@ -898,8 +907,8 @@ def random_numbers(seeds, group_size, most):
 class SlotLayer(transformers.cache_utils.DynamicLayer):
     """The KV cache of one layer: keys and values, (slots, kv heads, room, size of a head).
 
-    `generate` sets `position` (slots,), where each slot writes next, and `width`, how far any slot
-    is filled; the model calls `update`.
+    `generate` sets `position` (slots,), where each slot writes next, and `width`, the part of the
+    room that is in use; the model calls `update`.
     """
 
     def __init__(self, like, slots, room):
@@ -912,7 +921,7 @@ class SlotLayer(transformers.cache_utils.DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         """The newest token's keys and values, (slots, kv heads, 1, size) -> those of all tokens."""
         slot = torch.arange(len(self.position), device=self.position.device)
-        # Two index tensors around a slice select (slots, kv heads, size).
+        # For every slot s at once, self.keys[s, :, position[s]] = keys[s, :, 0].
         self.keys[slot, :, self.position] = keys[:, :, 0]
         self.values[slot, :, self.position] = values[:, :, 0]
         return self.keys[:, :, :self.width], self.values[:, :, :self.width]
@@ -995,7 +1004,8 @@ def draw(logits, u, temperature, top_p):
 
 # --------------------------------------------------------------------------------------------------
 # Part 5. The policy: a causal language model, and the two numbers that we need from it at every
-# response token: the log-probability of the token and the entropy before it.
+# response token: the log-probability of the token and the entropy before it. Then what the update
+# needs besides: its batches, the warm-up, and a tiny model.
 # --------------------------------------------------------------------------------------------------
 
 def log_prob_and_entropy(logits, tokens, temperature):
@@ -1004,7 +1014,7 @@ def log_prob_and_entropy(logits, tokens, temperature):
     logits (M, V), tokens (M,) -> (M,), (M,) nats. Sampling, scoring and the update all use this:
     else rho would compare two formulas. Temperature 0, which draws greedily, counts as 1. top_p
     plays no part: tokens are drawn from a truncated pi, but pi_old and rho refer to the whole of
-    it, as in verl. (On GPUs the logits themselves were computed in bf16.)
+    it, as in verl. (Logits that were computed in bf16 have been rounded before.)
     """
     if temperature == 0:
         temperature = 1.0
@@ -1103,7 +1113,7 @@ def micro_batches(run, batch):
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, budget)
     # 5 pieces would keep 3 processes busy for two rounds, but leave one of them idle in the second.
-    # So make the pieces smaller, as long as that takes no further round.
+    # So try smaller and smaller pieces, and keep the last that take no further round.
     rounds = math.ceil(len(pieces) / world.size)
     while world.size > 1 and budget > lengths.max():
         budget = int(0.9 * budget)
@@ -1229,6 +1239,7 @@ class Problem:
     check: object = None        # (text of a response, answer) -> bool; None: the verifier
     limit: int = None           # of response tokens; None: --max-response-tokens
     ids: list = None            # the prompt as tokens
+    begun: list = field(default_factory=list)   # tokens in `ids` that the response begins with
 
     def __post_init__(self):
         self.messages = self.messages or [{"role": "user", "content": self.problem}]
@@ -1411,7 +1422,7 @@ def prompt_ids(tokenizer, problems):
         texts.append("\n".join(contents) + INSTRUCTION)
     prompts = tokenizer(texts).input_ids
     for ids in prompts:
-        if ids[-1] == tokenizer.eos_token_id:
+        if ids[-1] == tokenizer.eos_token_id:           # some add it, as if the text ended here
             ids.pop()
     return prompts
 
@@ -1480,7 +1491,7 @@ def eval_metrics(batch, k, smaller):
         Pass@k = mean over problems of `pass_at_k`                                              (8)
         Avg@k  = mean over problems of c / k, with c of the k responses right                   (9)
 
-    smaller: also Pass@1, 2, 4 and so on. Entropy is in nats at the evaluation's temperature.
+    smaller: also Pass@1, 2, 4 and so on. Entropy is in nats at --eval-temperature (1 if greedy).
     """
     c = batch.right.reshape(-1, k).sum(dim=1)                                   # (problems,)
     avg = c / k
@@ -1514,7 +1525,8 @@ def interval(values):
     n = len(values)
     if values.min() == values.max():
         # All samples of a bootstrap would be the same, as if the mean were certain. By the rule of
-        # three, what was never seen in n problems may still have a share of up to 3 / n.
+        # three, what was never seen in n problems may still have a share of up to 3 / n: a rough
+        # substitute.
         mean = values[0]
         return torch.stack([mean - 3 / n, mean + 3 / n]).clamp(0, 1)
     generator = torch.Generator().manual_seed(0)
@@ -1583,18 +1595,20 @@ def measure(run, batch, sums):
 #
 # For example, after 9+0=9 7+4=11 1+7 comes a + (for the carry that is due) or an =. Say the policy
 # draws them with probabilities .4 and .6, and of 16 continuations of each, 12 and 1 are right. V is
-# the chance that the response will be right, and h(V) the doubt about that, in nats:
+# the chance that the response will be right, and the doubt about something that has the chance x is
+# h(x) = -x log x - (1 - x) log(1 - x) nats:
 #
 #     V before the token    .4 * 12/16 + .6 * 1/16            = .34
 #     true advantage        of +: 12/16 - .34 = +.41, of =: 1/16 - .34 = -.28
-#     doubt before          h(.34)                            = .64,   h(x) = -x log x
-#     doubt after           .4 * h(12/16) + .6 * h(1/16)      = .37            - (1 - x) log(1 - x)
-#     true credit I         .64 - .37                         = .27,   while H = .67
+#     doubt before          h(.34)                            = .64
+#     doubt after           .4 * h(12/16) + .6 * h(1/16)      = .37
+#     information I         .64 - .37                         = .27    (and H is .67)
 #
-# The true advantage says what the token that was drawn did to the chance, for better or for worse;
-# the credit of a rule should resemble it. I says how much was decided at this place, whichever
-# token was drawn. A choice that makes no difference, such as 1+7 or 7+1, has H = .69 and I = 0. The
-# paper proves that I is never above H (Proposition 1; H(r | ..) is the entropy of the verdict):
+# These are two numbers for two questions. Did the token that was drawn help? The true advantage has
+# a sign, and the credit of a rule should resemble it. How much is decided at this place, whichever
+# token is drawn? I has no sign, and a choice that makes no difference, such as 1+7 or 7+1, has
+# H = .69 and I = 0. The paper calls I the credit of a token, and proves that it is never above H:
+# a token cannot tell more about the verdict r than it tells at all (Proposition 1).
 #
 #     I(o_t; r | s_t) = H(r | s_t) - H(r | s_t, o_t) = H_t - H(o_t | s_t, r) <= H_t
 # --------------------------------------------------------------------------------------------------
@@ -1621,8 +1635,10 @@ def true_credit(run, batch, problems, budget, n=16):
 
     s is a prefix of a response, v one of the likely next tokens; their pi(v) are scaled to add up
     to 1. V(s, v) is the share of n continuations that are right, drawn from the whole policy
-    (top_p 1) at the temperature of evaluations. At most `budget` branches (s, v) are continued:
-    responses are taken in order, and one that would exceed the budget stays nan.
+    (top_p 1) at the temperature of evaluations. V(s) is an estimate of its own, not the V(s, v) of
+    the place before, so the true advantages of a response add up to verdict - V only on average.
+    At most `budget` branches (s, v) are continued: responses are taken in order, and one that would
+    exceed the budget stays nan.
     """
     # 1. Find the branches. Responses begin alike, and what several share is continued once.
     decisions = {}                                      # {i: [Decision, ...]} of measured responses
@@ -1637,16 +1653,23 @@ def true_credit(run, batch, problems, budget, n=16):
             branches = more
             decisions[i] = found
 
-    # 2. Continue them.
-    run.world.print(f"measuring what each token was worth: {n * len(branches)} continuations")
-    rests = [rest_of(run, problems[branch.number], list(branch.tokens)) for branch in branches]
-    numbered = list(enumerate(rests))
-    batch_of_rests = sample_and_mark(
-        run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
+    # 2. Continue them, unless they are complete.
+    value = {}                                          # {Branch: V(s, v)}
+    rests = {}                                          # {Branch: the problem of finishing it}
+    for branch in branches:
+        problem = problems[branch.number]
+        begun = list(branch.tokens)
+        if is_complete(run, problem, begun):
+            value[branch] = torch.tensor(float(is_right(run, problem, begun)))
+        else:
+            rests[branch] = rest_of(run, problem, begun)
+    run.world.print(f"measuring what each token was worth: {n * len(rests)} continuations")
+    numbered = list(enumerate(rests.values()))
+    continued = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
     if run.stopped:
         return
-    right = batch_of_rests.right.reshape(-1, n).float()                         # (branches, n)
-    value = dict(zip(branches, right.mean(dim=1)))      # V(s, v)
+    right = continued.right.reshape(-1, n).float()                              # (rests, n)
+    value.update(zip(rests, right.mean(dim=1)))
 
     # 3. Apply the formulas. V changes at decisions only. With decisions at t = 3 and 7, V is one
     # value for tokens 0 to 3, another for 4 to 7, and from there on the verdict.
@@ -1696,25 +1719,24 @@ def find_decisions(run, batch, i):
     return found
 
 
+def is_complete(run, problem, response):
+    """Whether the last of these tokens, the first of which begin a response, also ends it."""
+    limit = problem.limit or run.cfg.max_response_tokens
+    return response[-1] in run.stop_ids or len(response) >= limit
+
+
 def rest_of(run, problem, begun):
     """The problem of finishing a response that begins with these tokens."""
-    text = run.tokenizer.decode(begun, skip_special_tokens=True)
-    left = (problem.limit or run.cfg.max_response_tokens) - len(begun)
-    is_complete = begun[-1] in run.stop_ids or left <= 0
-
-    def check(rest, answer):
-        check_all = problem.check or is_correct
-        return check_all(text if is_complete else text + rest, answer)
-    # After a complete response one token is sampled, and ignored.
-    return Problem(problem.problem, problem.answer, check=check, ids=problem.ids + begun,
-                   limit=1 if is_complete else left)
+    limit = problem.limit or run.cfg.max_response_tokens
+    return replace(problem, ids=problem.ids + begun, begun=begun, limit=limit - len(begun))
 
 
 def value_and_information(pi, values, n):
     """V(s), and I in nats, at a prefix s, from the pi(v) and the V(s, v) of its likely tokens v.
 
-    pi, values: one number per token; a value is a mean over n continuations. The noise of the
-    values can make an I negative and, where V is near 0 or 1, add an error of up to .3 / n.
+    pi, values: one number per token; a value is a mean over n continuations. So both are estimates.
+    With n = 16 the standard error of I is about .02 where nothing is decided (it may be negative)
+    and .1 where much is. It averages out, but for up to .3 / n where a value is near 0 or 1.
     """
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
     variance = values * (1 - values) / n                # of each value
@@ -1725,14 +1747,15 @@ def value_and_information(pi, values, n):
 
 
 def doubt(x, variance):
-    """h(x) = -x log x - (1 - x) log(1 - x) nats, of an estimate x with this variance.
+    """h(x) = -x log x - (1 - x) log(1 - x) nats, where x is an estimate with this variance.
 
-    h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)). We add
-    that: for a V(s, v), a mean of n, it is 1 / (2 n) (0 if all n agree), and less for V(s), a mean
-    of several. Otherwise I would come out too high on average.
+    h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)); we add
+    that. Without it, I would be too high: the doubt after a token rests on fewer continuations than
+    the doubt before it, and would be lowered more.
     """
     h = torch.special.entr(x) + torch.special.entr(1 - x)
-    return h + variance / (2 * x * (1 - x)).clamp(min=1e-9)
+    curvature = 1 / (x * (1 - x)).clamp(min=1e-9)       # -h''; at x = 0 or 1 the variance is 0
+    return h + variance * curvature / 2
 
 
 def inspect_problems(run, step, name, problems, batch):
@@ -1767,7 +1790,7 @@ def by_doubt(batch, k):
 
 
 def credit_by_kind(run, name, batch):
-    """Print how much of the entropy and of the true credit each kind of token holds -> metrics
+    """Print how much of the entropy and of the information each kind of token holds -> metrics
 
     credit/KIND/tokens: its share of the tokens; H, I: its nats per response (printed as shares);
     I/H: their ratio, which in theory is at most 1.
@@ -1785,10 +1808,11 @@ def credit_by_kind(run, name, batch):
     I = batch.I[batch.mask] / n                                                 # (tokens,)
 
     run.world.print(
-        f"In {n} responses to problems that the first evaluation solved about half of the time,\n"
-        f"H adds up to {H.sum():.3f} nats per response, and the true credit I to {I.sum():.3f} "
-        "(estimated:\nthat of one token may be off by .02). Shares of tokens, H and I, and "
-        "I / H:\n  kind        tokens    of H    of I     I/H")
+        f"In {n} responses to problems that the first evaluation solved about half of the\n"
+        f"time, H adds up to {H.sum():.3f} nats per response and I, how much is decided, to "
+        f"{I.sum():.3f}.\n(I is estimated: that of one token may be off by .1 where much is "
+        "decided, else\nby .02.) Shares of tokens, H and I, and I / H:\n"
+        "  kind        tokens    of H    of I     I/H")
     metrics = {}
     for kind in dict.fromkeys([*kinds, "all"]):
         here = torch.tensor([kind in (k, "all") for k in kinds])                # (tokens,)
@@ -1846,17 +1870,23 @@ def credit_by_rule(run, batch):
 # (Schwartz and Zippel). The points are fractions, so that nothing is rounded; positive, so that
 # \sqrt{x^2} is x; and computed from the name of the variable.
 #
-# Conventions:
-# - Ignored: spaces, dollars, sizes, fonts, a full stop at the end, the order of lists and sets, a
-#   name in front (AB = 5, f(x) = 2x) unless the other answer has another name, degrees, known units
-#   (cm) and text (\text{apples}) at the end, and a base that only the gold states (204_5).
-# - Not ignored: the order in points, round or square brackets, repeated elements, other letters
-#   (4abcd and 5 apples are products), and a variable that cancels (5+0x is not 5).
-# - Two readings: 1,234 is a number or a list, 50% is 50 or 1/2.
-# - A gold with a decimal of three or more significant digits stands for what rounds to it, within
-#   0.11%: for 16.67, 50/3 is right. An answer may be rounded by 2e-6, so 16.67 is wrong for 50/3.
-# - \log is \ln. Values are judged: 2+2 is as right as 4. What cannot be read (|x|, n!) only equals
-#   the same tokens.
+# What the conventions are, by example:
+#
+#     gold        right                                   wrong
+#     4           2+2, 4.0, 4\text{ cm}, 4\text{ apples}  4 apples and 4abc (products), 4+0x
+#     x = 3       3                                       y = 3, 2x = 6 (it may repeat the problem)
+#     y = 2x      2x, 2y = 4x                             f(x) = 2x
+#     1,2         2,1 and \{1,2\} and (1,2)               1,1,2
+#     (1,2)       1,2                                     (2,1), [1,2]
+#     1,234       1234, 234,1 (it may be a list)          123
+#     50\%        50, 1/2                                 5
+#     60^\circ    60                                      \pi/3
+#     204_5       204                                     54
+#     16.67       50/3 (the gold may be rounded)          16.6
+#     50/3        16.666667 (ours only by 2e-6)           16.67
+#     |x| or 3!   the same tokens, as it cannot be read   x, 6
+#
+# Spaces, dollars, sizes, fonts and a full stop at the end do not matter, and \log is \ln.
 
 LONGEST_ANSWER = 500    # characters: work is bounded before it is done, so no time-out is needed
 MOST_TOKENS = 120       # of an answer; longer ones only equal the same tokens
@@ -1960,10 +1990,12 @@ def same_meaning(ours, gold):
     gold_name, gold_value = split_name(gold)
     if our_name and gold_name and our_name != gold_name:
         return False
-    # Compare both whole if the gold is an equation, or ours is one and the gold has variables: for
+    # Compare both whole if the gold is an equation, or a formula where ours is an equation: for
     # y = 2x, 2y = 4x is right. But a gold x = 3 is compared as 3, so 2x = 6 is wrong: it may just
     # repeat the problem.
-    if "=" in gold_value or ("=" in our_value and any(map(is_variable, gold_value))):
+    gold_is_equation = "=" in gold_value
+    gold_is_formula = any(map(is_variable, gold_value))
+    if gold_is_equation or (gold_is_formula and "=" in our_value):
         our_value = ours
         gold_value = gold
     # The base may be left out: 204 for 204_5.
@@ -2001,10 +2033,11 @@ def split_name(tokens):
         return [], tokens
     name = tokens[:tokens.index("=")]
     start = [*name, "="]
+    # Leave out every "name =": in x = 1 or x = 2 there are two.
     value = []
     rest = tokens
     while rest:
-        if rest[:len(start)] == start:                  # in x = 1 or x = 2 it comes again
+        if rest[:len(start)] == start:
             rest = rest[len(start):]
         else:
             value.append(rest[0])
@@ -2061,10 +2094,7 @@ def scan(text, comma, is_prose=False):
     for other, spelling in CHARACTERS.items():
         text = text.replace(other, spelling)
     text = text.strip("$ \n").removesuffix(".")
-    # Letters alone, three in a row or all capitals, are prose: no solution and YES, but not xy.
-    longest = max(map(len, text.replace(",", " ").replace("-", " ").split()), default=0)
-    if longest > 2 or text.isupper() or text.lower() == "no":
-        is_prose = is_prose or set(text) <= set(ascii_letters + " ,.'-")
+    is_prose = is_prose or looks_like_prose(text)
     # Points, intervals and sets hold no commas for thousands.
     if not any(bracket in text for bracket in ("(", "[", r"\{")):
         text = text.replace(",", comma)
@@ -2074,7 +2104,7 @@ def scan(text, comma, is_prose=False):
         piece = next_piece(text, letters)
         rest = text[len(piece):]
         token = SPELLED.get(piece, piece)
-        if piece in DIGITS:                             # 1,234.5
+        if piece in DIGITS:                             # 12, .5, 1`234.5
             token, rest = split_number(text)
             tokens.append(token)
         elif token == r"\text":                         # \text{ cm}
@@ -2094,6 +2124,16 @@ def scan(text, comma, is_prose=False):
             tokens += list(piece)
         text = rest
     return tokens
+
+
+def looks_like_prose(text):
+    """Whether it is letters alone, with a word of three or more, or capitals: no solution and YES,
+    but not xy."""
+    if not set(text) <= set(ascii_letters + " ,.'-"):
+        return False
+    words = text.replace(",", " ").replace("-", " ").split()
+    longest = max(map(len, words), default=0)
+    return longest > 2 or text.isupper() or text.lower() == "no"
 
 
 def is_unit(word):
@@ -2129,8 +2169,8 @@ def split_number(text):
         number = number.replace("`", "", len(groups))
     exponent = run_in_front(rest[1:], digits + "+-")
     # 3e-5 is e times 3, minus 5, while 3e5, 3.0e-5, 3e-05 and 3e-12 are numbers.
-    is_clear = "." in number or exponent.isdecimal() or len(exponent) > 2
-    if rest.startswith("e") and is_clear and 0 < len(exponent) < 5:
+    is_float = "." in number or exponent.isdecimal() or len(exponent) > 2
+    if rest.startswith("e") and is_float and 0 < len(exponent) < 5:
         return number + "e" + exponent, rest[1 + len(exponent):]
     return number, rest
 
@@ -2270,9 +2310,7 @@ def read_operand(stack, is_argument=False):
 
 
 def read_parts(stack, first):
-    """A list, a relation and so on: the parts between equal separators. An equation f = g becomes
-    f - g, divided by its change from one point to another, so that a factor on both sides cancels:
-    2x+4y = 6 is x+2y = 3."""
+    """A list, a relation and so on: the parts between equal separators."""
     separator = stack[-1]
     parts = [first]
     while stack[-1] == separator:
@@ -2280,9 +2318,10 @@ def read_parts(stack, first):
             stack.pop()
         parts.append(read_expression(stack, STRENGTH[separator]))
     if separator == "=" and [type(part) for part in parts] == [list, list]:
+        # 2x+4y = 6 and x+2y = 3 are the same equation. As f - g = 0, one is twice the other, and so
+        # is its change from the first point to the second: divided by that, they are equal. Without
+        # variables there is no change, and the division refuses 2 = 3.
         difference = compute_number(sub, *parts)
-        # Scaled so that the first two differ by 1. Without variables they do not differ, and the
-        # division refuses 2 = 3.
         change = difference[0] - difference[1]
         parts = [[value / change for value in difference]]
     return Structure(separator, parts)
@@ -2300,7 +2339,8 @@ def is_constant(number):
 
 
 def compute_number(operation, *numbers):
-    """The operation at each point, unless the result may have too many digits."""
+    """The operation at each point. Refused are results that may have too many digits, and constants
+    in which a variable has cancelled."""
     bits = max(bit_length(value) for number in numbers for value in number)
     if operation is pow:
         bits = max(map(bit_length, numbers[0])) * max(map(abs, numbers[1]))
@@ -2313,7 +2353,7 @@ def compute_number(operation, *numbers):
 
 
 def bit_length(value):
-    """The size of an exact number; denominators count more, as sums need their common divisor."""
+    """The size of an exact number; denominators count more, as sums need a common one."""
     if type(value) is Fraction:
         return value.numerator.bit_length() + 4 * (value.denominator.bit_length() - 1)
     return 1
@@ -2492,8 +2532,8 @@ def read_data_set(source, split):
 # Appendix C. The machine: processes and GPUs, checkpoints, opening a run, errors in one line.
 #
 #                           weights and moments  matrix products in  samples from  log p, H from
-# one process, CPU or tiny  whole, fp32          fp32                the policy    the sampler
-# several CPU processes     parts, fp32 (FSDP2)  fp32                a fp32 copy   the sampler
+# a CPU, or tiny            whole, fp32          fp32                the policy    the sampler
+# the same, 2 processes +   parts, fp32 (FSDP2)  fp32                a fp32 copy   the sampler
 # GPUs, one process each    parts, fp32 (FSDP2)  bf16                a bf16 copy   the policy
 # --------------------------------------------------------------------------------------------------
 
@@ -2508,7 +2548,8 @@ class Bar(tqdm):
 
 
 class World:
-    """The processes of a run, one per GPU. With a single process nothing is communicated.
+    """The processes of a run: one, one per GPU, or as many as torchrun starts. A single one has
+    nothing to communicate.
 
     `gather` and `whole`, and whatever calls them or runs the policy, must be called by every
     process, or the others wait in vain.
@@ -2687,7 +2728,7 @@ def checkpoint_state(run):
     """
     model, moments = dist.checkpoint.state_dict.get_state_dict(run.policy, run.optimizer)
     problems = [(problem.problem, str(problem.answer)) for problem in run.stream.problems]
-    data = crc32(json.dumps(problems).encode())         # to notice other data on resume
+    data = crc32(json.dumps(problems).encode())         # to notice other training data on resume
     return {"model": model, "optimizer": moments, "step": run.done, "position": run.stream.position,
             "data": data}
 
@@ -2707,7 +2748,7 @@ def save_checkpoint(run):
 
 
 def load_checkpoint(run):
-    """Continue from the last checkpoint: weights, moments, data position and logs."""
+    """Continue from the last checkpoint: weights, moments and data position, page and logs."""
     state = checkpoint_state(run)
     data = state["data"]
     *earlier, path = checkpoints(run.out)
@@ -2731,12 +2772,15 @@ def load_checkpoint(run):
             run.page = json.load(file)
         if run.page["step"] > run.done:                 # this evaluation will be done again
             run.page.pop("latest", None)
+    cut_logs(run)
 
-    # What comes after the checkpoint will be done again: take it out of the logs, and with it the
-    # responses of an evaluation that was cut short.
+
+def cut_logs(run):
+    """Take out of the logs what comes after step run.done, as it will be done again."""
     run.history = read_log(f"{run.out}/metrics.jsonl", run.done)
-    evaluation_was_cut = run.lacks_evaluation()
-    last_step = run.done - 1 if evaluation_was_cut else run.done
+    # An evaluation writes its responses first, and its metrics when all is done. If these are
+    # missing, it was cut short: then its responses go, too.
+    last_step = run.done - 1 if run.lacks_evaluation() else run.done
     responses = read_log(f"{run.out}/responses.jsonl", last_step)
     run.world.gather(None)                              # all have read them
     if run.world.rank == 0:
@@ -2931,7 +2975,8 @@ def load_model(cfg, world):
 
 @torch.no_grad()
 def check_sampling(lm):
-    """Raise an error unless sampling, scoring and plain transformers agree on log-probabilities.
+    """Raise an error unless sampling, scoring and plain transformers agree on the log-probabilities
+    of a few short responses.
 
     They do not if its attention does not take the masks of `generate`, if its cache is of another
     kind, or if its logits are not hidden states times a matrix (a bias, a soft cap, a scale).
@@ -3213,7 +3258,8 @@ def write_responses(run, step, name, problems, batch):
     if run.world.rank > 0:
         return
     with open(f"{run.out}/responses.jsonl", "a", encoding="utf-8") as file:
-        for i, text in enumerate(texts(run, batch)):
+        for i in range(len(batch.ids)):
+            text = run.tokenizer.decode(batch.response(i), skip_special_tokens=True)
             number = int(batch.number[i])
             problem = problems[number]
             H = batch.H[i, :int(batch.response_len[i])]                         # (tokens,)
@@ -3279,6 +3325,22 @@ body:has(#GRPO:checked) span { --credit: var(--GRPO) }
 body:has(#change:checked) span { --credit: calc(10 * (var(--EAPO) - var(--GRPO))) }
 body:has(#base:checked) .latest, body:has(#latest:checked) .base { display: none }
 </style><h1>Where does the credit go?</h1>"""
+PAGE_LEGEND = """<fieldset><legend>Credit</legend>
+<label><input type="radio" name="credit" checked>EAPO</label>
+<label><input type="radio" name="credit" id="GRPO">GRPO</label>
+<label><input type="radio" name="credit" id="change">EAPO − GRPO, 10 times as high</label>
+</fieldset>
+<p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
+within it, where measured, <i class="I key"></i> the information I, how much is decided there: the
+doubt about the verdict that goes away, on average over the tokens that could be drawn. Both are in
+nats; in theory I is at most H, but a measured I is noisy. Below each token: the credit that a rule
+would give it, <i class="up key"></i> up or <i class="down key"></i> down. Forks, with H at or above
+the mean of all responses to the problem, are bold. At most two right and two wrong responses are
+shown. Point at a token, tap it, or press Tab for its numbers; p is its probability, V the chance of
+a right answer just before it.</p>"""
+PAGE_CAVEAT = """<p>Entropy is not surprise: it says how unsure the model was before it drew a
+token, not how unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a
+low H, and EAPO blames it less than GRPO does, even if it cost the answer.</p>"""
 BARS = '<i class="H"></i><i class="I"></i><i class="up"></i><i class="down"></i>'
 
 
@@ -3308,7 +3370,8 @@ def show_responses(run, step, problem, group):
     if group.I is not None and group.I.isfinite().any():
         facts |= {"I": group.I, "V": group.V}           # nan in responses that were not measured
 
-    # The first evaluation stays as the base, even if it was not at step 0 (or is done again there).
+    # The first evaluation is the base. One at step 0, which a resumed run may do again, replaces
+    # it; all others replace the latest.
     which = "latest" if step > 0 and "base" in run.page else "base"
     run.page["step"] = step
     section = f'<section class="{which}"><h2>{shown(problem.problem)}</h2>'
@@ -3337,7 +3400,7 @@ def summary(group, fork, facts):
     if "I" in facts:
         total = facts["I"].nanmean(dim=0).sum()
         held = (facts["I"] * fork).nanmean(dim=0).sum()
-        text += f"; forks hold {held:.2f} of the {total:.2f} nats of true credit per response"
+        text += f"; forks hold {held:.2f} of the {total:.2f} nats of information per response"
     return text
 
 
@@ -3382,25 +3445,12 @@ def write_page(run):
 <br><code>{shown(command(cfg))}</code></p>
 <fieldset><legend>Responses at</legend>
 <label><input type="radio" name="at" id="base" checked>step {steps[0]}</label> {latest}</fieldset>
-<fieldset><legend>Credit</legend><label><input type="radio" name="credit" checked>EAPO</label>
-<label><input type="radio" name="credit" id="GRPO">GRPO</label>
-<label><input type="radio" name="credit" id="change">EAPO − GRPO, 10 times as high</label>
-</fieldset>
-<p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
-within it, where measured, <i class="I key"></i> the true credit I, how much is decided there: the
-doubt about the verdict that goes away, on average over the tokens that could be drawn. Both are in
-nats; in theory I is at most H, but a measured I is noisy. Below each token: the credit that a rule
-would give it, <i class="up key"></i> up or <i class="down key"></i> down.
-Forks, with H at or above the mean of the {cfg.eval_samples} responses, are bold. At most two right
-and two wrong responses are shown. Point at a token,
-tap it, or press Tab for its numbers; p is its probability, V the chance of a right answer just
-before it.</p>
-<main style="--nat:{run.page["pixels"]:.1f}px"><div>{run.page["base"]}{run.page.get("latest", "")}
-<p>Entropy is not surprise: it says how unsure the model was before it drew a token, not how
-unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a low H, and
-EAPO blames it less than GRPO does, even if it cost the answer.</p></div>
+{PAGE_LEGEND}
+<main style="--nat:{run.page["pixels"]:.1f}px">
+<div>{run.page["base"]}{run.page.get("latest", "")}{PAGE_CAVEAT}</div>
 <aside>{curve(f"{avg} on {name}, with its 95% interval", steps, low, score, high)}
-{curve(f"Entropy on {name}, nats", steps, H, H, H)}</aside></main>""")
+{curve(f"Entropy on {name}, nats", steps, H, H, H)}</aside>
+</main>""")
 
 
 EVAL_FLAGS = ("model", "eval_data", "eval_samples", "eval_temperature", "eval_top_p",
