@@ -888,6 +888,15 @@ def test_a_model_that_cannot_be_sampled_from_is_found_out():
         eapo.check_sampling(lm)
 
 
+def test_random_numbers_depend_on_the_seed_of_their_prompt_alone():
+    """Neither on other prompts nor on how long a response may be."""
+    u = eapo.random_numbers([5, 3], 4, 6)
+    assert u.shape == (8, 6) and 0 <= u.min() and u.max() < 1
+    assert u[4:].equal(eapo.random_numbers([3], 4, 6))
+    assert u.equal(eapo.random_numbers([5, 3], 4, 9)[:, :6])
+    assert len(set(u.flatten().tolist())) == 48
+
+
 @pytest.mark.parametrize("dtype, gap, refused", [
     (torch.float32, .0005, False), (torch.float32, .002, True),
     (torch.bfloat16, .1, False), (torch.bfloat16, .5, True)])
@@ -2312,6 +2321,14 @@ def test_a_continuation_ends_where_its_response_would():
     assert eapo.is_complete(run, short, digits[:4])
 
 
+def test_a_branch_that_is_complete_has_its_verdict():
+    """After 3 the response may end, which would be wrong, or go on with 2, which would be right."""
+    table = {"=": {"3": 1.}, "3": {".": .5, "2": .5}, "2": {".": 1.}}
+    batch = measured(table, ["3", "32"], n=2)
+    assert batch.true_advantage[0].tolist() == [0, -.5, 0]
+    assert batch.true_advantage[1].tolist() == [0, .5, 0]
+
+
 def test_a_continuation_is_marked_as_one_text_with_what_it_continues():
     """Some tokenizers write a character of several bytes as several tokens, or drop the space in front
     of a text: the two halves of a response must not be decoded by themselves."""
@@ -3243,6 +3260,16 @@ def test_a_policy_is_cut_at_its_decoder_layers_and_not_at_lists_within_them(proc
     policy = eapo.shard(Policy(lm), run.world, offload=False)
     pieces = [x for x in policy.modules() if isinstance(x, torch.distributed.fsdp.FSDPModule)]
     assert pieces == [policy, *lm.model.layers]
+
+
+def test_after_scoring_no_weight_stays_whole(process_group):
+    """Under FSDP the parameters are parts again, or a GPU would hold embedding and head twice."""
+    run = a_run()
+    run.world.sharded = True
+    policy = eapo.shard(run.policy, run.world, offload=False)
+    eapo.score(policy, run.world, make_batch([[3, 4]], [[5, 6]]), 1.0)
+    for weight in policy.parameters():
+        assert isinstance(weight, torch.distributed.tensor.DTensor)
 
 
 def test_a_world_takes_the_process_group_that_is_there(process_group, monkeypatch):
