@@ -14,11 +14,11 @@ H. Tokens drawn where it was unsure get a little more credit or blame, the other
 
 (1) and (2) are GRPO, with the asymmetric clip of DAPO; (6) and (7) make it EAPO. The equation
 numbers are the paper's, except for (1), which it does not number; (3) to (5) are not needed here,
-and (8) and (9) are in part 7. In the code a mean is a sum with weights that add up to 1, see
-`token_weights` and `train`.
+and (8) and (9) are in part 7. In the code the mean of (2) is a sum with weights that add up to 1,
+see `token_weights` and `train`.
 
 The letters, here and in the code. In shapes, n and m are some of the N rows, of a mini-batch and of
-a micro-batch, and M counts tokens taken from several rows.
+a micro-batch, and M counts tokens taken from several rows. Part 8 adds I and the true advantage.
 
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
     L      tokens of the longest prompt with its response (in (2), the loss)
@@ -106,7 +106,7 @@ class Config:
                            "or a hub set ID[:CONFIG][:SPLIT]")
     eval_data: str = flag("HuggingFaceH4/MATH-500", "the same; several with commas between them")
     out: str = flag("", "folder of the run; empty: runs/MODEL-TIME-PROCESS")
-    seed: int = flag(0, "seed of weights, order of problems and sampling")
+    seed: int = flag(0, "seed of tiny's weights, of the order of problems, of sampling")
     resume: str = flag("", "folder of a run to continue; use only folders that you trust, as "
                            "reading a checkpoint can run code in it (pickle)")
     save_every: int = flag(20, "steps between checkpoints; 0: only when the run is stopped")
@@ -215,8 +215,8 @@ def group_advantages(rewards, group_size):
         A_i = (r_i - mean(r)) / (std(r) + 1e-6)        over the G responses to one prompt       (1)
 
     rewards (N,) -> advantages (N,); std divides by G - 1. The mean of the group stands in for a
-    learned value network. If all G rewards are equal, as when all responses are right, every
-    advantage is 0: such a group teaches nothing, and is kept out of the update (`Batch.kept`).
+    learned value network. If all G rewards are equal, every advantage is 0. A group whose responses
+    are all right or all wrong teaches nothing, and is kept out of the update (`Batch.kept`).
     """
     r = rewards.reshape(-1, group_size)                                         # (B, G)
     mean = r.mean(dim=1, keepdim=True)                                          # (B, 1)
@@ -380,11 +380,12 @@ def train(cfg):
     for step in bar:
         world.start_clock()
 
-        # Sample G responses to each prompt and mark them: +1 if the boxed answer is right, else -1.
+        # Sample G responses to each prompt and mark them: +1 if the answer is right, else -1.
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
         # A signal such as Ctrl-C only sets a flag. An update that is under way is finished, while
-        # sampling stops at once. So a run that is stopped ends here, and this step is abandoned.
+        # sampling stops at once. So a run that is stopped ends here, with this step abandoned (or
+        # below, in the last step).
         if run.stopped:
             break
 
@@ -404,10 +405,11 @@ def train(cfg):
             for micro in micro_batches(run, mini):      # this process's share
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                # Add a term of your own here, weighted by micro.weight. (For a KL penalty, start
-                # from a model that needs no warm-up. In open_run, `load_model` and `shard` a second
-                # policy; in sample_and_mark, `score` the batches of "train" with it, into a new
-                # field of Batch.)
+                # Add a term of your own here, for example a KL penalty: with d = micro.ref_logp -
+                # logp, beta * ((d.exp() - d - 1) * micro.weight).sum(). The reference is a second
+                # Policy, which open_run loads and shards (as it is before a warm-up) and keeps in
+                # the Run. In sample_and_mark, after `rescore`, it can `score` the batch of "train":
+                # that is ref_logp, a new field of Batch.
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -532,7 +534,7 @@ def entroadv_credit(batch, cfg):
 
 
 def w_reinforce_credit(batch, cfg):
-    """A tenth of the praise and all of the blame (Zhu et al. 2025)."""
+    """A tenth of the praise and all of the blame (Zhu et al. 2025, who take rewards instead of A)."""
     A = batch.advantage[:, None].expand(batch.H.shape)
     return torch.where(A > 0, 0.1 * A, A)
 
@@ -556,9 +558,9 @@ class Batch:
     """N responses, the G responses to a prompt in neighbouring rows. Fields are None until known.
 
     A row is a prompt, its response, and zeros up to the longest row. What is known of each response
-    token is 0 outside the mask. Masks come from the lengths, never from token values: many models
-    pad with their stop token. The batch is in host memory, except for the micro-batch that a GPU
-    works on.
+    token is 0 outside the mask (but for V, I and true_advantage of part 8). Masks come from the
+    lengths, never from token values: many models pad with their stop token. The batch is in host
+    memory, except for the micro-batch that a GPU works on.
     """
     ids: torch.Tensor               # (N, L) prompt, then response
     prompt_len: torch.Tensor        # (N,)   tokens
@@ -706,10 +708,10 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
 def rescore(run, batch, temperature):
     """Set `gap` and, if the sampler computes in bf16, replace its old_logp and H by the policy's.
 
-    rho needs log-probabilities of pi_theta and pi_old from the same computation. A bf16 copy with a
-    KV cache rounds differently from the policy, which also multiplies in bf16, but without a cache.
-    In fp32 the two should agree. Whether they do is measured on the longest response of each
-    process, where a gap would show first.
+    rho needs log-probabilities of pi_theta and pi_old that differ by nothing but the update. A bf16
+    copy with a KV cache rounds differently from the policy, which also multiplies in bf16, but
+    without a cache. In fp32 the two should agree. Whether they do is measured on the longest
+    response of each process, where a gap would show first.
     """
     by_length = batch.response_len.argsort(descending=True, stable=True)
     rows = by_length if run.world.bf16 else by_length[:1]       # all, or the longest alone
@@ -809,9 +811,9 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
     # What is given for each response: its limit, the position of its last prompt token, and a
-    # random number for each of its tokens. Idle slots are computed as if they were writing row N,
-    # which is thrown away. Its limit is 0 and so, after every step, is its length. So it counts as
-    # finished, and an idle slot stays idle, at place 0, until the next prompt is written over it.
+    # random number for each of its tokens. The row behind the last response is for the slots that
+    # are idle: they are computed, too, and what they write there is thrown away.
+    IDLE = N
     all_limits = [limit for limit in limits for _ in range(G)]
     all_ends = [len(prompt) - 1 for prompt in prompts for _ in range(G)]
     limit = torch.tensor(all_limits + [0], device=device)                       # (N + 1,)
@@ -826,16 +828,16 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     ended = torch.zeros(N + 1, dtype=torch.bool, device=device)
 
     # What each slot is doing.
-    row = torch.full((slots,), N, device=device)        # which response it writes; N: it is idle
+    writes = torch.full((slots,), IDLE, device=device)  # the row of its response
     newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next
     cache = transformers.Cache(layers=[])
 
     waiting = list(range(len(prompts)))
-    while waiting or (row < N).any():
+    while waiting or (writes != IDLE).any():
         # Prefill fills the cache, and computes no logits. Those of the first response token come
         # from the first decode step, which reads the last prompt token once more, and writes its
         # key and value again. So one line below draws every token.
-        idle = (row == N).nonzero()[:, 0]
+        idle = (writes == IDLE).nonzero()[:, 0]
         at_once = max(1, 16384 // max(map(len, prompts)))   # bounds the memory that reading takes
         n = min(len(idle) // G, len(waiting), at_once)
         if n > 0:
@@ -843,21 +845,21 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
             waiting = waiting[n:]
             prefill(lm, [prompts[i] for i in new], G, cache, idle[:n * G], slots, room)
             for i, group in zip(new, idle[:n * G].split(G)):
-                row[group] = i * G + torch.arange(G, device=device)
+                writes[group] = i * G + torch.arange(G, device=device)
                 newest[group] = prompts[i][-1]
 
         # When no prompt waits any more, give up idle slots. That copies the cache, so not before a
         # fifth of them are idle.
-        busy = (row < N).nonzero()[:, 0]
-        if not waiting and len(busy) <= 0.8 * len(row):
-            row = row[busy]
+        busy = (writes != IDLE).nonzero()[:, 0]
+        if not waiting and len(busy) <= 0.8 * len(writes):
+            writes = writes[busy]
             newest = newest[busy]
             cache.batch_select_indices(busy)
 
         # Decode: one more token in every slot. (On a GPU, launching kernels one by one takes most
         # of this time. A CUDA graph would belong here, with `width` fixed.)
-        t = length[row]                                 # how many tokens the rows have so far
-        position = prompt_end[row] + t                  # where `newest` belongs in its slot
+        t = length[writes]                              # tokens that the response has so far
+        position = prompt_end[writes] + t               # where `newest` belongs in its slot
         width = int(position.max()) + 1                 # no slot needs to look further
         for layer in cache.layers:
             layer.position = position
@@ -865,20 +867,20 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         mask = decode_mask(lm.config, position, width)
         logits = lm(newest[:, None], attention_mask=mask, position_ids=position[:, None],
                     past_key_values=cache).logits[:, -1]                        # (slots, V)
-        token = draw(logits, u[row, t], temperature, top_p)                     # (slots,)
-        tokens[row, t] = token
-        logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
-        ended[row] = torch.isin(token, stop)
-        length[row] = t + 1
-        length[N] = 0
+        token = draw(logits, u[writes, t], temperature, top_p)                     # (slots,)
+        tokens[writes, t] = token
+        logp[writes, t], H[writes, t] = log_prob_and_entropy(logits, token, temperature)
+        ended[writes] = torch.isin(token, stop)
+        length[writes] = t + 1
+        length[IDLE] = 0                                # idle slots stay at place 0
 
         newest = token
-        finished = ended[row] | (length[row] == limit[row])
-        row = row.masked_fill(finished, N)
+        finished = ended[writes] | (length[writes] == limit[writes])
+        writes = writes.masked_fill(finished, IDLE)
         if keep_on and not keep_on(len(busy)):
             break
 
-    # What was kept, without row N, cut to the longest response.
+    # What was kept, without row IDLE, cut to the longest response.
     responses = []
     for ids, n in zip(tokens[:N].cpu(), length.tolist()):
         responses.append(ids[:n].tolist())
@@ -1057,8 +1059,8 @@ class Policy(torch.nn.Module):
         return outside.index_put((row, t), logp), outside.index_put((row, t), H)
 
 
-# How many fp32 logits at a time: 128 MB of them on a CPU, 1 GB on a GPU. On a GPU the gradient of
-# the head is summed over the chunks in bf16, and every addition rounds: so we want few chunks.
+# How many fp32 logits at a time: 128 MB of them on a CPU, 1 GB on a GPU. There the gradient of the
+# head is summed over the chunks in bf16, and every addition rounds: so we want few chunks.
 LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 25
 
 
@@ -1150,7 +1152,7 @@ def clip_gradient(run):
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), max_norm=1.0)
     norm = float(run.world.whole(norm))
     require(math.isfinite(norm), f"the gradient is {norm}, and the step was not taken: try a lower "
-            "learning rate, and look at the last lines of metrics.jsonl")
+            "learning rate, in the warm-up or in RL, where metrics.jsonl shows how it came")
     return norm
 
 
@@ -1546,7 +1548,7 @@ def measure(run, batch, sums):
         clip_fraction               share of the tokens learned from whose gradient a clip made 0
         sampler_gap                 mean |log pi_sampler - log pi_policy|, nats, where measured
         seconds, seconds_PHASE, tokens_per_second           of the step without its evaluation
-        peak_memory_bytes           of this GPU
+        peak_memory_bytes           of the first GPU
         tokens/Q                    share of quadrant Q in the tokens learned from
         advantage/Q                 share of quadrant Q in the sum of their |credit|
     """
@@ -1604,11 +1606,14 @@ def measure(run, batch, sums):
 #     doubt after           .4 * h(12/16) + .6 * h(1/16)      = .37
 #     information I         .64 - .37                         = .27    (and H is .67)
 #
+# (Here 12/16 and 1/16 are taken for true. As they are estimates, `doubt` corrects I to .25.)
+#
 # These are two numbers for two questions. Did the token that was drawn help? The true advantage has
 # a sign, and the credit of a rule should resemble it. How much is decided at this place, whichever
 # token is drawn? I has no sign, and a choice that makes no difference, such as 1+7 or 7+1, has
 # H = .69 and I = 0. The paper calls I the credit of a token, and proves that it is never above H:
-# a token cannot tell more about the verdict r than it tells at all (Proposition 1).
+# H is all that the choice of a token tells, and what it tells about the verdict r is a part of that
+# (Proposition 1).
 #
 #     I(o_t; r | s_t) = H(r | s_t) - H(r | s_t, o_t) = H_t - H(o_t | s_t, r) <= H_t
 # --------------------------------------------------------------------------------------------------
@@ -1635,10 +1640,10 @@ def true_credit(run, batch, problems, budget, n=16):
 
     s is a prefix of a response, v one of the likely next tokens; their pi(v) are scaled to add up
     to 1. V(s, v) is the share of n continuations that are right, drawn from the whole policy
-    (top_p 1) at the temperature of evaluations. V(s) is an estimate of its own, not the V(s, v) of
-    the place before, so the true advantages of a response add up to verdict - V only on average.
-    At most `budget` branches (s, v) are continued: responses are taken in order, and one that would
-    exceed the budget stays nan.
+    (top_p 1) at the temperature of evaluations. V(s) and the V(s, v) of the place before estimate
+    the same chance separately, so the true advantages of a response add up only roughly to its
+    verdict minus V at its start. Responses are taken in order while their branches (s, v) fit into
+    `budget`; one that does not fit stays nan.
     """
     # 1. Find the branches. Responses begin alike, and what several share is continued once.
     decisions = {}                                      # {i: [Decision, ...]} of measured responses
@@ -1646,11 +1651,9 @@ def true_credit(run, batch, problems, budget, n=16):
     for i in range(len(batch.ids)):
         # Rounding may differ between GPUs, so all processes take what the first finds.
         found = run.world.gather(find_decisions(run, batch, i))[0]
-        more = dict(branches)
-        for decision in found:
-            more |= dict.fromkeys(decision.pi)
-        if len(more) <= budget:
-            branches = more
+        needed = {branch: None for decision in found for branch in decision.pi}
+        if len(branches | needed) <= budget:
+            branches |= needed
             decisions[i] = found
 
     # 2. Continue them, unless they are complete.
@@ -1712,15 +1715,15 @@ def find_decisions(run, batch, i):
         total = sum(float(p[t, v]) for v in likely)
         pi = {}
         for v in sorted(likely):
-            pi[Branch(number, (*s, v))] = float(p[t, v]) / total
-        s = (*s, o)
+            pi[Branch(number, s + (v,))] = float(p[t, v]) / total
         if len(pi) > 1:
-            found.append(Decision(t, Branch(number, s), pi))
+            found.append(Decision(t, drawn=Branch(number, s + (o,)), pi=pi))
+        s = s + (o,)
     return found
 
 
 def is_complete(run, problem, response):
-    """Whether the last of these tokens, the first of which begin a response, also ends it."""
+    """Whether a response is over: its last token is a stop token, or it has reached its limit."""
     limit = problem.limit or run.cfg.max_response_tokens
     return response[-1] in run.stop_ids or len(response) >= limit
 
@@ -1735,8 +1738,9 @@ def value_and_information(pi, values, n):
     """V(s), and I in nats, at a prefix s, from the pi(v) and the V(s, v) of its likely tokens v.
 
     pi, values: one number per token; a value is a mean over n continuations. So both are estimates.
-    With n = 16 the standard error of I is about .02 where nothing is decided (it may be negative)
-    and .1 where much is. It averages out, but for up to .3 / n where a value is near 0 or 1.
+    With n = 16 an I is off by about .02 where nothing is decided (it may be negative), and by about
+    .1 where much is. These errors average out over many tokens. A bias remains where a value is
+    near 0 or 1: I is up to .3 / n too high.
     """
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
     variance = values * (1 - values) / n                # of each value
@@ -1784,7 +1788,7 @@ def inspect_problems(run, step, name, problems, batch):
 
 
 def by_doubt(batch, k):
-    """The numbers of the problems, those first of which about half of the k responses are right."""
+    """The numbers of the problems, beginning with that whose solve rate is nearest to one half."""
     share = batch.right.reshape(-1, k).float().mean(dim=1)                      # (problems,)
     return (share - 0.5).abs().argsort(stable=True).tolist()
 
@@ -1808,10 +1812,10 @@ def credit_by_kind(run, name, batch):
     I = batch.I[batch.mask] / n                                                 # (tokens,)
 
     run.world.print(
-        f"In {n} responses to problems that the first evaluation solved about half of the\n"
+        f"In {n} responses, to the problems that were nearest to being solved half of the\n"
         f"time, H adds up to {H.sum():.3f} nats per response and I, how much is decided, to "
-        f"{I.sum():.3f}.\n(I is estimated: that of one token may be off by .1 where much is "
-        "decided, else\nby .02.) Shares of tokens, H and I, and I / H:\n"
+        f"{I.sum():.3f}.\n(I is estimated: that of one token is off by about .1 where much is "
+        "decided,\nelse by .02.) Shares of tokens, H and I, and I / H:\n"
         "  kind        tokens    of H    of I     I/H")
     metrics = {}
     for kind in dict.fromkeys([*kinds, "all"]):
@@ -1830,7 +1834,11 @@ def credit_by_kind(run, name, batch):
 
 
 def credit_by_rule(run, batch):
-    """Print how well the credit of each rule agrees with the true advantage -> metrics"""
+    """Print how well the credit of each rule agrees with the true advantage -> metrics
+
+    It is the credit that a rule would give to this evaluation, with its temperature and with groups
+    of its --eval-samples responses.
+    """
     # Rules differ, and can be compared, where the responses of a group earn different rewards.
     mixed = batch.mask & (batch.advantage != 0)[:, None] & batch.I.isfinite()   # (N, T)
     if not mixed.any():
@@ -1863,6 +1871,10 @@ def credit_by_rule(run, batch):
 #     read_answer     tokens to values        2 + 1/2, by an operator-precedence (Pratt) parser
 #     values_agree    values to a verdict     5/2 is 2.5: exact, unless a root, \pi or the like, or
 #                                             a rounded decimal is involved
+#
+# A token is a string; that of a word begins with a quote, "apples. The value of a number is a list,
+# of what it is at three points: 1/2 is [1/2, 1/2, 1/2], and x is three different fractions. All
+# other values, such as lists and intervals, are a Structure of values.
 #
 # It needs no algebra. To see that (x+1)^2 is x^2+2x+1, compute both at a few x. Two different
 # polynomials of degree d agree at no more than d values of x. If x is drawn from 996 numbers, they
@@ -1985,31 +1997,41 @@ def same_answer(prediction, gold):
 
 
 def same_meaning(ours, gold):
-    """Whether two lists of tokens are the same, or are readable and have the same value."""
-    our_name, our_value = split_name(ours)
-    gold_name, gold_value = split_name(gold)
-    if our_name and gold_name and our_name != gold_name:
+    """Whether two answers, as tokens, are the same, or can be read and have the same value."""
+    pair = without_names(ours, gold)
+    if pair is None:
         return False
-    # Compare both whole if the gold is an equation, or a formula where ours is an equation: for
-    # y = 2x, 2y = 4x is right. But a gold x = 3 is compared as 3, so 2x = 6 is wrong: it may just
-    # repeat the problem.
-    gold_is_equation = "=" in gold_value
-    gold_is_formula = any(map(is_variable, gold_value))
-    if gold_is_equation or (gold_is_formula and "=" in our_value):
-        our_value = ours
-        gold_value = gold
+    ours, gold = pair
     # The base may be left out: 204 for 204_5.
-    without_base = [t.partition("_")[0] if t[0] in DIGITS else t for t in gold_value]
-    if our_value in (gold_value, without_base):
-        return our_value != []
-    percents = [1, 100] if "%" in our_value + gold_value else [1]       # 50% is 50 or 50/100
+    without_base = [t.partition("_")[0] if t[0] in DIGITS else t for t in gold]
+    if ours in (gold, without_base):
+        return ours != []
     try:
         # The gold may be rounded, by up to 0.11%, our answer by up to 2e-6.
-        slack = max(rounding_error(our_value, 2e-6), rounding_error(gold_value, 1.1e-3))
-        return any(values_agree(read_answer(our_value, n), read_answer(gold_value, n), slack)
+        slack = max(rounding_error(ours, 2e-6), rounding_error(gold, 1.1e-3))
+        percents = [1, 100] if "%" in ours + gold else [1]              # 50% is 50 or 50/100
+        return any(values_agree(read_answer(ours, n), read_answer(gold, n), slack)
                    for n in percents)
     except UNREADABLE:
         return False
+
+
+def without_names(ours, gold):
+    """What is to be compared of two answers; None if the names in front of them differ.
+
+        gold      ours      compared
+        x = 3     5         3 with 5
+        y = 2x    2y = 4x   both whole
+        x = 3     2x = 6    3 with 2x = 6: wrong, as it may just repeat the problem
+    """
+    our_name, our_value = split_name(ours)
+    gold_name, gold_value = split_name(gold)
+    if our_name and gold_name and our_name != gold_name:
+        return None
+    gold_is_formula = any(map(is_variable, gold_value))
+    if "=" in gold_value or (gold_is_formula and "=" in our_value):
+        return ours, gold
+    return our_value, gold_value
 
 
 def answer_in_words(text):
@@ -2049,8 +2071,8 @@ def split_name(tokens):
 
 
 def is_name(tokens):
-    r"""Whether they are a name. Yes: x_1, \theta, AB, "area, f(x), f(2), (x,y), and nothing at all.
-    No: 2x, xy, x+1, f(x+1), (2,3)."""
+    r"""Whether these tokens can be a name in front of =. Yes: x_1, \theta, AB, "area, f(x), f(2),
+    (x,y), and nothing at all. No: 2x, xy, x+1, f(x+1), (2,3)."""
     if "(" not in tokens:
         return is_symbol(tokens)
     start = tokens.index("(")
@@ -2064,7 +2086,8 @@ def is_name(tokens):
 
 
 def is_symbol(tokens):
-    """Whether they are nothing, one variable, capitals (AB), or begin with a word ("area AB)."""
+    """Whether these tokens are a name without arguments: none, one variable, capitals (AB), or a
+    word, perhaps with capitals ("area AB)."""
     if tokens == [] or (len(tokens) == 1 and is_variable(tokens[0])):
         return True
     text = "".join(tokens)
@@ -2127,8 +2150,8 @@ def scan(text, comma, is_prose=False):
 
 
 def looks_like_prose(text):
-    """Whether it is letters alone, with a word of three or more, or capitals: no solution and YES,
-    but not xy."""
+    """Whether a text is words, and no product: letters alone, with a word of three or more, or all
+    of them capitals. So no solution and YES are words, but xy is not."""
     if not set(text) <= set(ascii_letters + " ,.'-"):
         return False
     words = text.replace(",", " ").replace("-", " ").split()
@@ -2137,7 +2160,7 @@ def looks_like_prose(text):
 
 
 def is_unit(word):
-    """Whether it is a unit, in the singular or the plural, that needs no \\text{}."""
+    """Whether a word is a unit, in the singular or the plural, that needs no \\text{}."""
     return word in UNITS or word + "s" in UNITS
 
 
@@ -2318,9 +2341,9 @@ def read_parts(stack, first):
             stack.pop()
         parts.append(read_expression(stack, STRENGTH[separator]))
     if separator == "=" and [type(part) for part in parts] == [list, list]:
-        # 2x+4y = 6 and x+2y = 3 are the same equation. As f - g = 0, one is twice the other, and so
-        # is its change from the first point to the second: divided by that, they are equal. Without
-        # variables there is no change, and the division refuses 2 = 3.
+        # An equation f = g is compared as f - g. For 2x+4y = 6 that is twice what it is for
+        # x+2y = 3, at every point, and so is its change between two points. Divided by this change
+        # they are equal. Without variables there is none, and the division refuses 2 = 3.
         difference = compute_number(sub, *parts)
         change = difference[0] - difference[1]
         parts = [[value / change for value in difference]]
@@ -2535,6 +2558,11 @@ def read_data_set(source, split):
 # a CPU, or tiny            whole, fp32          fp32                the policy    the sampler
 # the same, 2 processes +   parts, fp32 (FSDP2)  fp32                a fp32 copy   the sampler
 # GPUs, one process each    parts, fp32 (FSDP2)  bf16                a bf16 copy   the policy
+#
+# FSDP2, fully sharded data parallelism: of every weight, gradient and moment each process keeps a
+# part. Before a layer computes, the processes send each other their parts of it, and drop what they
+# received afterwards. So all must run the model equally often. In the backward pass the gradients
+# of all processes are averaged, and each keeps its part.
 # --------------------------------------------------------------------------------------------------
 
 class Bar(tqdm):
@@ -2560,7 +2588,7 @@ class World:
         import torch.distributed.checkpoint.state_dict
         import torch.distributed.fsdp
         cuda = torch.cuda.is_available()
-        self.rank = int(os.environ.get("RANK", 0))      # torchrun sets these three
+        self.rank = int(os.environ.get("RANK", 0))      # torchrun sets such variables
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device("cpu")
         if cuda:
@@ -2635,8 +2663,8 @@ class World:
         return Bar(items, desc=name, disable=hidden, dynamic_ncols=True, **options)
 
     def on_signal(self, number, _):
-        """Ctrl-C and the like: finish the update that is under way, save (but not in the warm-up),
-        stop. A second Ctrl-C stops at once."""
+        """Ctrl-C and the like: finish an update that is under way, but no sampling; save (except in
+        the warm-up); stop. A second Ctrl-C stops at once."""
         # torchrun passes a Ctrl-C on to processes that have already received it. So repeats are
         # ignored for a second.
         now = time.monotonic()
@@ -2752,8 +2780,8 @@ def load_checkpoint(run):
     state = checkpoint_state(run)
     data = state["data"]
     *earlier, path = checkpoints(run.out)
-    instead = f", delete it to go on from {earlier[-1]}" if earlier else ""
-    with one_line_errors(path + instead):
+    hint = f", delete it to go on from {earlier[-1]}" if earlier else ""
+    with one_line_errors(path + hint):
         dist.checkpoint.load(state, checkpoint_id=path)
     require(state["data"] == data, f"{run.cfg.train_data} is not the data that {run.out} was "
             "trained on: its problems differ")
@@ -2762,16 +2790,17 @@ def load_checkpoint(run):
         optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
-    # Before the first step an optimizer has no moments. So that it could save some, torch made it
-    # take an empty step, which AdamW would count. Start afresh.
+    # Before the first step an optimizer has no moments. To have some to save, `get_state_dict` lets
+    # it take an empty step, which AdamW would count. So it starts afresh.
     if run.done == 0:
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
     if os.path.exists(f"{run.out}/.page.json"):         # absent if no evaluation was finished
         with open(f"{run.out}/.page.json", encoding="utf-8") as file:
             run.page = json.load(file)
-        if run.page["step"] > run.done:                 # this evaluation will be done again
-            run.page.pop("latest", None)
+        # Evaluations after the checkpoint will be done again.
+        done = [section for section in run.page["sections"] if section[0] <= run.done]
+        run.page["sections"] = done
     cut_logs(run)
 
 
@@ -2873,7 +2902,7 @@ def close_run(run):
         world.print(f"solve rate {first} {sparkline(rates)} {last} in training")
     for name in run.eval_sets if run.history else []:
         world.print(outcome(run, name))
-    if "base" in run.page:
+    if run.page.get("sections"):
         world.print(f"Where does the credit go? Open {run.out}/report.html")
     if run.stopped and (run.done < run.cfg.steps or run.lacks_evaluation()):
         world.print(f"stopped; go on with: python eapo.py --resume {shlex.quote(run.out)}")
@@ -3099,8 +3128,9 @@ def check_golds(run, problems):
     if solved and not run.cfg.eval_only:
         right = [(p.check or is_correct)(p.solution, p.answer) for p in solved]
         share = sum(right) / len(solved)
+        mistakes = ": their author makes mistakes" if share < 1 else ""
         run.world.print(f"  of {len(solved)} worked solutions, as the warm-up imitates, "
-                        f"{share:.0%} are right: their author makes mistakes")
+                        f"{share:.0%} are right{mistakes}")
 
 
 def warn_of_first_step(run, metrics):
@@ -3278,9 +3308,8 @@ def write_responses(run, step, name, problems, batch):
 #     {"set": "MATH-500",             the evaluation set that is shown
 #      "problems": [17, 4],           those in which credit is measured; the first is shown
 #      "rows": [0, 3, 5, 6],          which responses to it
-#      "base": "<section ..",         their HTML at the first evaluation
-#      "latest": "<section ..",       and at the latest, which was at
-#      "step": 10,
+#      "sections": [[0, "<h2>.."],    their HTML at the first evaluation, that of step 0,
+#                   [10, "<h2>.."]],  and at the latest
 #      "pixels": 40.0}                height of the bars per nat
 #
 # The numbers of a token are variables of its style, such as --H: the bars take their heights from
@@ -3299,7 +3328,7 @@ svg * { vector-effect: non-scaling-stroke }
 polygon { opacity: 0.3 }
 polyline { fill: none; stroke-width: 2 }
 
-/* A token: two bars above it, on top of each other, then its text, then one bar below it. */
+/* A token: above it a bar of H, and within it one of I; then its text; below it a bar of credit. */
 pre { position: relative; margin: 8px 0 24px; font: 17px monospace; white-space: normal }
 span { display: inline-grid; grid-template-rows: 44px auto auto; min-width: 12px;
   padding: 0 2px 8px; text-align: center; white-space: pre; vertical-align: top }
@@ -3319,7 +3348,8 @@ span:is(:hover, :focus)::after { content: attr(data-t); position: absolute; z-in
   left: 0; padding: 4px 8px; background: CanvasText; color: Canvas; white-space: pre-wrap;
   font: 14px/1.5 system-ui, sans-serif; text-align: left }
 
-/* What the radio buttons choose. */
+/* What the radio buttons choose: which of its numbers is the --credit of a token, and which of the
+   two sections is seen. */
 span { --credit: var(--EAPO) }
 body:has(#GRPO:checked) span { --credit: var(--GRPO) }
 body:has(#change:checked) span { --credit: calc(10 * (var(--EAPO) - var(--GRPO))) }
@@ -3370,11 +3400,7 @@ def show_responses(run, step, problem, group):
     if group.I is not None and group.I.isfinite().any():
         facts |= {"I": group.I, "V": group.V}           # nan in responses that were not measured
 
-    # The first evaluation is the base. One at step 0, which a resumed run may do again, replaces
-    # it; all others replace the latest.
-    which = "latest" if step > 0 and "base" in run.page else "base"
-    run.page["step"] = step
-    section = f'<section class="{which}"><h2>{shown(problem.problem)}</h2>'
+    section = f"<h2>{shown(problem.problem)}</h2>"
     section += f"<p>The answer is {shown(problem.answer)}. {summary(group, fork, facts)}.</p>"
     for i in run.page["rows"]:
         verdict = "right" if group.right[i] else "wrong"
@@ -3383,7 +3409,9 @@ def show_responses(run, step, problem, group):
             numbers = {name: float(x[i, t]) for name, x in facts.items()}
             section += token_html(run.tokenizer.decode([token]), fork[i, t], numbers)
         section += "</pre>"
-    run.page[which] = section + "</section>"
+    # Keep the first evaluation and this one. (A resumed run may do that of step 0 again.)
+    first = run.page.get("sections", [])[:1] if step > 0 else []
+    run.page["sections"] = [*first, [step, section]]
 
 
 def summary(group, fork, facts):
@@ -3419,7 +3447,7 @@ def token_html(text, fork, numbers):
 
 def write_page(run):
     """Write report.html, if there was an evaluation, and keep run.page in a file."""
-    if run.world.rank > 0 or "base" not in run.page:
+    if run.world.rank > 0 or not run.page.get("sections"):
         return
     cfg = run.cfg
     name = run.page["set"]
@@ -3435,19 +3463,23 @@ def write_page(run):
     score = column(avg.lower())
     high = column("avg_high")
     H = column("entropy")
-    latest = ""
-    if "latest" in run.page:
-        latest = f'<label><input type="radio" name="at" id="latest">step {run.page["step"]}</label>'
+    buttons = ""
+    sections = ""
+    for which, (step, section) in zip(("base", "latest"), run.page["sections"]):
+        checked = "checked" if which == "base" else ""
+        radio = f'<input type="radio" name="at" id="{which}" {checked}>'
+        buttons += f"<label>{radio}step {step}</label>\n"
+        sections += f'<section class="{which}">{section}</section>\n'
 
     replace_file(f"{run.out}/.page.json", json.dumps(run.page))         # for --resume
     replace_file(f"{run.out}/report.html", f"""{PAGE_HEAD}
 <p>{cfg.method.upper()}, step {run.history[-1]["step"]} of {cfg.steps}. {shown(outcome(run, name))}.
 <br><code>{shown(command(cfg))}</code></p>
 <fieldset><legend>Responses at</legend>
-<label><input type="radio" name="at" id="base" checked>step {steps[0]}</label> {latest}</fieldset>
+{buttons}</fieldset>
 {PAGE_LEGEND}
 <main style="--nat:{run.page["pixels"]:.1f}px">
-<div>{run.page["base"]}{run.page.get("latest", "")}{PAGE_CAVEAT}</div>
+<div>{sections}{PAGE_CAVEAT}</div>
 <aside>{curve(f"{avg} on {name}, with its 95% interval", steps, low, score, high)}
 {curve(f"Entropy on {name}, nats", steps, H, H, H)}</aside>
 </main>""")

@@ -3303,8 +3303,7 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
         pages.append(dict(run.page))
     monkeypatch.setattr(eapo, "load_checkpoint", load_and_look)
     run_toy(monkeypatch, ["--resume", out])
-    assert "base" in pages[0]
-    assert "latest" not in pages[0]
+    assert [step for step, _ in pages[0]["sections"]] == [0]
     assert_same_run(out, undisturbed)
 
 
@@ -3363,7 +3362,9 @@ def test_the_page_remembers_the_base_however_often_a_run_is_stopped(tmp_path, mo
     run = run_toy(monkeypatch, ["--resume", out])
     other = run_toy(monkeypatch, [*SMALL, "--steps", 3, "--out", tmp_path / "other"])
     assert run.page == other.page
-    assert run.page["base"] != run.page["latest"]
+    (first, base), (last, trained) = run.page["sections"]
+    assert (first, last) == (0, 3)
+    assert base != trained
 
 
 @pytest.mark.slow
