@@ -534,7 +534,7 @@ def entroadv_credit(batch, cfg):
 
 
 def w_reinforce_credit(batch, cfg):
-    """A tenth of the praise and all of the blame (Zhu et al. 2025, who take rewards instead of A)."""
+    """A tenth of the praise and all of the blame (Zhu et al. 2025, who take the reward for A)."""
     A = batch.advantage[:, None].expand(batch.H.shape)
     return torch.where(A > 0, 0.1 * A, A)
 
@@ -3206,7 +3206,7 @@ def explain_scores(run):
     run.world.print(f"\nAvg@{k} is the share of {k} tries at a problem that are right, with its "
                     f"95% interval;\nPass@{k} the share of problems with a right try; entropy is "
                     "in nats per token.\nThe tries shown are at the problem that comes nearest to "
-                    "being solved\nhalf of the time.")
+                    "being solved\nhalf of the time. All evaluations use the same random numbers.")
     if sys.stdout.isatty():
         run.world.print("Colours: \033[32mright\033[0m and \033[31mwrong\033[0m responses; tokens "
                         "in \033[1mbold\033[0m have an entropy of at\nleast the mean of the tries.")
@@ -3365,9 +3365,9 @@ within it, where measured, <i class="I key"></i> the information I, how much is 
 doubt about the verdict that goes away, on average over the tokens that could be drawn. Both are in
 nats; in theory I is at most H, but a measured I is noisy. Below each token: the credit that a rule
 would give it, <i class="up key"></i> up or <i class="down key"></i> down. Forks, with H at or above
-the mean of all responses to the problem, are bold. At most two right and two wrong responses are
-shown. Point at a token, tap it, or press Tab for its numbers; p is its probability, V the chance of
-a right answer just before it.</p>"""
+the mean of all responses to the problem, are bold; a dot · is a space. At most two right and two
+wrong responses are shown. Point at a token, tap it, or press Tab for its numbers; p is its
+probability, and V, measured like I, the chance of a right answer just before it.</p>"""
 PAGE_CAVEAT = """<p>Entropy is not surprise: it says how unsure the model was before it drew a
 token, not how unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a
 low H, and EAPO blames it less than GRPO does, even if it cost the answer.</p>"""
@@ -3511,7 +3511,8 @@ def curve(title, steps, low, middle, high):
         points = [f"{x},{-y:f}" for x, y in zip(xs, ys)]        # in SVG, y points down
         return " ".join(points)
     band = path(steps + steps[::-1], high + low[::-1])
-    return f"""<figure>{top:.2f}<svg viewBox="0 {-top:f} {last} {top:f}" preserveAspectRatio="none">
+    return f"""<figure>0 to {top:.2f}
+<svg viewBox="0 {-top:f} {last} {top:f}" preserveAspectRatio="none">
 <polygon points="{band}" fill="#2f7de1"/><polyline points="{path(steps, middle)}"/></svg>
 <figcaption>{shown(title)}, steps {steps[0]} to {steps[-1]}:
 {middle[0]:.3f} &rarr; {middle[-1]:.3f}</figcaption></figure>"""
