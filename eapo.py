@@ -21,7 +21,7 @@ The letters, here and in the code. In shapes, n and m are some of the N rows, of
 a micro-batch, and M counts tokens taken from several rows. Part 8 adds I and the true advantage.
 
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
-    L      tokens of the longest prompt with its response (in (2), the loss)
+    L      tokens of the longest row, prompt and response (in (2), the loss)
     T      tokens of the longest response
     V      size of the vocabulary (in part 8, a chance)      D  size of a hidden state
     r      reward of a response: +1 if its answer is right, else -1; less with --overlong    (N,)
@@ -163,7 +163,7 @@ class Config:
                                    "most 1600 continuations per problem on average")
     eval_only: bool = flag(False, "only evaluate, for instance with --model FOLDER/model")
 
-    gpus: int = flag(0, "GPUs of this machine to use; 0: all", "the machine")
+    gpus: int = flag(0, "GPUs of this machine to use (tiny uses one); 0: all", "the machine")
     offload: bool = flag(False, "keep weights, gradients and moments in host memory")
 
     def __post_init__(self):
@@ -202,8 +202,8 @@ def token_entropy(logits):
 
     logits (..., V) -> (...). H is 0 if one token is certain, and log V if all are equally likely.
     """
-    # H equals log Z - sum_v p_v z_v, with logits z and log Z = logsumexp(z). A forbidden token
-    # has z = -inf and p = 0; its share of the sum is 0, but 0 * -inf would be nan.
+    # H equals log Z - sum_v p_v z_v, with logits z and log Z = logsumexp(z). A token that a model
+    # never uses may have z = -inf and p = 0; its share of the sum is 0, but 0 * -inf would be nan.
     p = logits.softmax(dim=-1)
     z = logits.masked_fill(p == 0, 0)
     return logits.logsumexp(dim=-1) - (p * z).sum(dim=-1)
@@ -215,8 +215,8 @@ def group_advantages(rewards, group_size):
         A_i = (r_i - mean(r)) / (std(r) + 1e-6)        over the G responses to one prompt       (1)
 
     rewards (N,) -> advantages (N,); std divides by G - 1. The mean of the group stands in for a
-    learned value network. If all G rewards are equal, every advantage is 0. A group whose responses
-    are all right or all wrong teaches nothing, and is kept out of the update (`Batch.kept`).
+    learned value network. If all G rewards are equal, every advantage is 0. (Groups that are all
+    right or all wrong are kept out of the update anyway, see `collect_rollouts`.)
     """
     r = rewards.reshape(-1, group_size)                                         # (B, G)
     mean = r.mean(dim=1, keepdim=True)                                          # (B, 1)
@@ -322,9 +322,9 @@ def policy_loss(logp, old_logp, A, weight, clip_low, clip_high, clip_c):
     rho = (logp - old_logp).exp()                       # (N, T), about 1 on the first mini-batch
     rho_clipped = rho.clamp(1 - clip_low, 1 + clip_high)                        # (N, T)
 
-    # A token that has moved far enough the right way no longer has a gradient: one with A > 0 when
-    # rho > 1 + eps_high, one with A < 0 when rho < 1 - eps_low. min keeps the gradient of a token
-    # that went the wrong way: with A < 0 and rho = 1.5, it is pushed back.
+    # A token that has moved far enough the way it is pushed no longer has a gradient: one with
+    # A > 0 when rho > 1 + eps_high, one with A < 0 when rho < 1 - eps_low. min keeps the gradient
+    # of a token that went the other way: with A < 0 and rho = 1.5, it is pushed back.
     gain = torch.min(rho * A, rho_clipped * A)                                  # (N, T)   (2)
 
     # With A < 0 and a large rho, rho * A could fall without limit. The "dual clip" of PPO (Ye et
@@ -380,12 +380,12 @@ def train(cfg):
     for step in bar:
         world.start_clock()
 
-        # Sample G responses to each prompt and mark them: +1 if the answer is right, else -1.
+        # Sample G responses to each prompt and mark them: +1 if the answer is right, else -1 (and
+        # less with --overlong).
         # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
         batch = collect_rollouts(run)
-        # A signal such as Ctrl-C only sets a flag. An update that is under way is finished, while
-        # sampling stops at once. So a run that is stopped ends here, with this step abandoned (or
-        # below, in the last step).
+        # A signal such as Ctrl-C only sets a flag. An update does not look at it, and is finished.
+        # Sampling does, and stops at once: then this step is abandoned.
         if run.stopped:
             break
 
@@ -405,11 +405,7 @@ def train(cfg):
             for micro in micro_batches(run, mini):      # this process's share
                 logp, _ = policy(micro, cfg.temperature)                        # (m, T)
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                # Add a term of your own here, for example a KL penalty: with d = micro.ref_logp -
-                # logp, beta * ((d.exp() - d - 1) * micro.weight).sum(). The reference is a second
-                # Policy, which open_run loads and shards (as it is before a warm-up) and keeps in
-                # the Run. In sample_and_mark, after `rescore`, it can `score` the batch of "train":
-                # that is ref_logp, a new field of Batch.
+                # Add a term of your own here. (Below, a KL penalty as an example.)
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -438,6 +434,17 @@ def train(cfg):
     close_run(run)
     return run
 
+
+# How to add a KL penalty, which would keep the policy near a reference model:
+#
+#   open_run         run.reference = shard(Policy(load_model(cfg, world)[0]), world, cfg.offload)
+#   sample_and_mark  after `rescore`, if name == "train":
+#                    batch.ref_logp, _ = score(run.reference, world, batch, temperature)
+#   train            d = micro.ref_logp - logp
+#                    loss += beta * ((d.exp() - d - 1) * micro.weight).sum()
+#
+# with `reference` a new field of Run, and `ref_logp` one of Batch. The reference is the model as it
+# was loaded. So start from one that needs no warm-up, such as the model/ of an earlier run.
 
 @dataclass
 class Run:
@@ -570,14 +577,14 @@ class Batch:
     ended: torch.Tensor = None      # (N,)   True: the model stopped by itself; False: cut off
     gap: torch.Tensor = None        # (N,)   sum over tokens of |log pi_sampler - log pi_policy|,
                                     #        nats; nan where it was not measured
-    number: torch.Tensor = None     # (N,)   the problem's place in its stream or evaluation set
+    number: torch.Tensor = None     # (N,)   the problem's place in its stream, set or list
     right: torch.Tensor = None      # (N,)   the verdict of the verifier
     reward: torch.Tensor = None     # (N,)   r
     kept: torch.Tensor = None       # (N,)   False: the group is all right or all wrong
     advantage: torch.Tensor = None  # (N,)   A
     credit: torch.Tensor = None     # (N, T) what the loss takes as A: A^CA, or another rule's
     quadrant: torch.Tensor = None   # (N, T) 1 to 4, 0 outside the mask
-    weight: torch.Tensor = None     # (N, T) what each token counts in the loss
+    weight: torch.Tensor = None     # (N, T) how much each token counts in the loss
     V: torch.Tensor = None          # (N, T) chance, before each token, of a right answer: part 8
     I: torch.Tensor = None          # (N, T) information: how much is decided there, nats
     true_advantage: torch.Tensor = None     # (N, T) V(s, o) - V(s) of the token drawn
@@ -667,7 +674,7 @@ def collect_rollouts(run):
 
 
 def sample_and_mark(run, numbered, name, samples, temperature, top_p):
-    """Several responses to each (number, problem), with their rewards -> a Batch, by number.
+    """Several responses to each (number, problem), with rewards -> a Batch, sorted by number.
 
     name: "train", "credit" or that of an evaluation set. With the seed of the run and the number of
     the problem, it decides which random numbers the `samples` responses get. If a signal cuts the
@@ -777,7 +784,7 @@ def score(policy, world, batch, temperature):
 # responses differ much in length, a batch that waits for its longest one leaves most of its slots
 # idle. So, as soon as G slots are free, the next prompt is read (prefill), and its G responses
 # start in them, while the other slots go on where they are. Every decode step adds one token to
-# each slot.
+# each response.
 #
 #     place    0 1 2 3 4 5 6 7 8 9
 #     slot 0   p p p p r r r ^            p   key and value of a prompt token
@@ -811,8 +818,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
     # What is given for each response: its limit, the position of its last prompt token, and a
-    # random number for each of its tokens. The row behind the last response is for the slots that
-    # are idle: they are computed, too, and what they write there is thrown away.
+    # random number for each of its tokens. The last row, IDLE, is for slots that are idle: they are
+    # computed, too, and what they write there is thrown away.
     IDLE = N
     all_limits = [limit for limit in limits for _ in range(G)]
     all_ends = [len(prompt) - 1 for prompt in prompts for _ in range(G)]
@@ -828,16 +835,16 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     ended = torch.zeros(N + 1, dtype=torch.bool, device=device)
 
     # What each slot is doing.
-    writes = torch.full((slots,), IDLE, device=device)  # the row of its response
+    row_of = torch.full((slots,), IDLE, device=device)  # of the response that it writes
     newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next
     cache = transformers.Cache(layers=[])
 
     waiting = list(range(len(prompts)))
-    while waiting or (writes != IDLE).any():
+    while waiting or (row_of != IDLE).any():
         # Prefill fills the cache, and computes no logits. Those of the first response token come
         # from the first decode step, which reads the last prompt token once more, and writes its
         # key and value again. So one line below draws every token.
-        idle = (writes == IDLE).nonzero()[:, 0]
+        idle = (row_of == IDLE).nonzero()[:, 0]
         at_once = max(1, 16384 // max(map(len, prompts)))   # bounds the memory that reading takes
         n = min(len(idle) // G, len(waiting), at_once)
         if n > 0:
@@ -845,38 +852,32 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
             waiting = waiting[n:]
             prefill(lm, [prompts[i] for i in new], G, cache, idle[:n * G], slots, room)
             for i, group in zip(new, idle[:n * G].split(G)):
-                writes[group] = i * G + torch.arange(G, device=device)
+                row_of[group] = i * G + torch.arange(G, device=device)
                 newest[group] = prompts[i][-1]
 
         # When no prompt waits any more, give up idle slots. That copies the cache, so not before a
         # fifth of them are idle.
-        busy = (writes != IDLE).nonzero()[:, 0]
-        if not waiting and len(busy) <= 0.8 * len(writes):
-            writes = writes[busy]
+        busy = (row_of != IDLE).nonzero()[:, 0]
+        if not waiting and len(busy) <= 0.8 * len(row_of):
+            row_of = row_of[busy]
             newest = newest[busy]
             cache.batch_select_indices(busy)
 
-        # Decode: one more token in every slot. (On a GPU, launching kernels one by one takes most
-        # of this time. A CUDA graph would belong here, with `width` fixed.)
-        t = length[writes]                              # tokens that the response has so far
-        position = prompt_end[writes] + t               # where `newest` belongs in its slot
-        width = int(position.max()) + 1                 # no slot needs to look further
-        for layer in cache.layers:
-            layer.position = position
-            layer.width = width
-        mask = decode_mask(lm.config, position, width)
-        logits = lm(newest[:, None], attention_mask=mask, position_ids=position[:, None],
-                    past_key_values=cache).logits[:, -1]                        # (slots, V)
-        token = draw(logits, u[writes, t], temperature, top_p)                     # (slots,)
-        tokens[writes, t] = token
-        logp[writes, t], H[writes, t] = log_prob_and_entropy(logits, token, temperature)
-        ended[writes] = torch.isin(token, stop)
-        length[writes] = t + 1
-        length[IDLE] = 0                                # idle slots stay at place 0
+        # Decode: one more token in every slot. Idle slots work on row IDLE, whose limit and length
+        # are 0: so they stay at position 0, count as finished, and stay idle.
+        t = length[row_of]                              # (slots,) tokens of the response so far
+        position = prompt_end[row_of] + t               # (slots,) where `newest` belongs
+        logits = decode(lm, newest, position, cache)                            # (slots, V)
+        token = draw(logits, u[row_of, t], temperature, top_p)                  # (slots,)
+        tokens[row_of, t] = token
+        logp[row_of, t], H[row_of, t] = log_prob_and_entropy(logits, token, temperature)
+        ended[row_of] = torch.isin(token, stop)
+        length[row_of] = t + 1
+        length[IDLE] = 0
 
         newest = token
-        finished = ended[writes] | (length[writes] == limit[writes])
-        writes = writes.masked_fill(finished, IDLE)
+        finished = ended[row_of] | (length[row_of] == limit[row_of])
+        row_of = row_of.masked_fill(finished, IDLE)
         if keep_on and not keep_on(len(busy)):
             break
 
@@ -886,7 +887,8 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         responses.append(ids[:n].tolist())
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
     T = batch.mask.shape[1]
-    batch.old_logp = logp[:N, :T].cpu().clone()         # or processes would send what was cut off
+    # A slice holds on to the whole tensor, and `gather` would send it: hence the clones.
+    batch.old_logp = logp[:N, :T].cpu().clone()
     batch.H = H[:N, :T].cpu().clone()
     batch.ended = ended[:N].cpu()
     return batch
@@ -901,15 +903,28 @@ def random_numbers(seeds, group_size, most):
     parts = [torch.zeros(0, most)]
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        # Drawn as (most, G): a row is one token of all G responses, and more of them come last.
+        # Drawn row by row, as (most, G): row t is for token t of all G responses.
         parts.append(torch.rand(most, group_size, generator=generator).T)
     return torch.cat(parts)
+
+
+def decode(lm, newest, position, cache):
+    """Read the newest token of every slot at its position -> logits of the next one, (slots, V)."""
+    # On a GPU, launching kernels one by one takes most of this time. A CUDA graph would belong
+    # here, with `width` fixed.
+    width = int(position.max()) + 1                     # no slot needs to look further
+    for layer in cache.layers:
+        layer.position = position
+        layer.width = width
+    mask = decode_mask(lm.config, position, width)
+    return lm(newest[:, None], attention_mask=mask, position_ids=position[:, None],
+              past_key_values=cache).logits[:, -1]
 
 
 class SlotLayer(transformers.cache_utils.DynamicLayer):
     """The KV cache of one layer: keys and values, (slots, kv heads, room, size of a head).
 
-    `generate` sets `position` (slots,), where each slot writes next, and `width`, the part of the
+    `decode` sets `position` (slots,), where each slot writes next, and `width`, the part of the
     room that is in use; the model calls `update`.
     """
 
@@ -965,7 +980,8 @@ def decode_mask(config, position, width):
 
 
 def slots_that_fit(lm, prompts, limits, group_size, free_bytes):
-    """How many slots, with their KV cache and logits, fit into 4/5 of the memory; at most 512."""
+    """How many slots, with their KV cache and logits, fit into 4/5 of the memory that the results
+    leave; at most 512."""
     config = lm.config
     room = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=1)  # tokens
     heads = config.num_attention_heads
@@ -1006,8 +1022,8 @@ def draw(logits, u, temperature, top_p):
 
 # --------------------------------------------------------------------------------------------------
 # Part 5. The policy: a causal language model, and the two numbers that we need from it at every
-# response token: the log-probability of the token and the entropy before it. Then what the update
-# needs besides: its batches, the warm-up, and a tiny model.
+# response token: the log-probability of the token and the entropy before it. Then the batches of an
+# update, the supervised warm-up, and a tiny model.
 # --------------------------------------------------------------------------------------------------
 
 def log_prob_and_entropy(logits, tokens, temperature):
@@ -1059,8 +1075,8 @@ class Policy(torch.nn.Module):
         return outside.index_put((row, t), logp), outside.index_put((row, t), H)
 
 
-# How many fp32 logits at a time: 128 MB of them on a CPU, 1 GB on a GPU. There the gradient of the
-# head is summed over the chunks in bf16, and every addition rounds: so we want few chunks.
+# How many fp32 logits at a time: 128 MB of them on a CPU, 1 GB on a GPU. In bf16, each addition of
+# a chunk's gradient to that of the head rounds: so we want few chunks.
 LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 25
 
 
@@ -1069,7 +1085,7 @@ def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
 
     A matrix (M, V) would be the largest thing in training: 4096 tokens at V = 152,064 are 2.5 GB of
     logits, several times over with gradients. So tokens go through the head a chunk at a time, and
-    `checkpoint` keeps nothing of a chunk: backward computes its logits again.
+    `checkpoint` keeps no logits: backward computes those of a chunk again.
     """
     def through_head(some_hidden, some_tokens):
         return log_prob_and_entropy(some_hidden @ head.T, some_tokens, temperature)
@@ -1087,7 +1103,7 @@ def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
     return torch.cat(logps), torch.cat(entropies)                               # (M,) both
 
 
-# ---- The update: its batches. --------------------------------------------------------------------
+# ---- The update: its batches and its gradient. ---------------------------------------------------
 
 def mini_batches(run, batch):
     """The kept groups in mini-batches, each of which makes one optimizer step.
@@ -1115,7 +1131,7 @@ def micro_batches(run, batch):
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, budget)
     # 5 pieces would keep 3 processes busy for two rounds, but leave one of them idle in the second.
-    # So try smaller and smaller pieces, and keep the last that take no further round.
+    # So shrink the pieces as far as the number of rounds stays the same.
     rounds = math.ceil(len(pieces) / world.size)
     while world.size > 1 and budget > lengths.max():
         budget = int(0.9 * budget)
@@ -1541,9 +1557,10 @@ def measure(run, batch, sums):
 
         reward, solve_rate          means over all responses sampled
         entropy                     mean over their tokens, nats
-        response_tokens, response_length, truncated         their sum, their mean, share cut off
+        response_tokens, response_length                    tokens of all responses, and of one
+        truncated                   share of the responses that were cut off
         groups                      sampled
-        groups_all_right, groups_all_wrong                  how many of these teach nothing
+        groups_all_right, groups_all_wrong                  those left out of the update
         loss, grad_norm             means over the optimizer steps
         clip_fraction               share of the tokens learned from whose gradient a clip made 0
         sampler_gap                 mean |log pi_sampler - log pi_policy|, nats, where measured
@@ -1608,14 +1625,21 @@ def measure(run, batch, sums):
 #
 # (Here 12/16 and 1/16 are taken for true. As they are estimates, `doubt` corrects I to .25.)
 #
-# These are two numbers for two questions. Did the token that was drawn help? The true advantage has
-# a sign, and the credit of a rule should resemble it. How much is decided at this place, whichever
-# token is drawn? I has no sign, and a choice that makes no difference, such as 1+7 or 7+1, has
-# H = .69 and I = 0. The paper calls I the credit of a token, and proves that it is never above H:
-# H is all that the choice of a token tells, and what it tells about the verdict r is a part of that
-# (Proposition 1).
+# Two measures answer two questions:
 #
-#     I(o_t; r | s_t) = H(r | s_t) - H(r | s_t, o_t) = H_t - H(o_t | s_t, r) <= H_t
+#     Did the token that was drawn help?    Its true advantage. It has a sign, and the credit that a
+#                                           rule gives should resemble it.
+#     How much is decided at this place?    I. It has no sign, and is the same whichever token was
+#                                           drawn. To choose between 1+7 and 7+1, for example, has
+#                                           H = .69 and I = 0.
+#
+# The paper calls I the credit of a token (in this file, credit is what a rule gives), and proves
+# that it is at most H (Proposition 1). I is the mutual information of the token and the verdict. If
+# Ent(a | b) is the entropy of a once b is known, and s the response so far,
+#
+#     I = Ent(verdict | s) - Ent(verdict | s, token)      what the token tells about the verdict
+#       = Ent(token | s) - Ent(token | s, verdict)        what the verdict tells about the token
+#      <= Ent(token | s) = H                              as no entropy is below 0
 # --------------------------------------------------------------------------------------------------
 
 class Branch(NamedTuple):
@@ -1628,7 +1652,7 @@ class Decision(NamedTuple):
     """A place in a response where more than one token was likely."""
     t: int                      # which token of the response it is
     drawn: Branch               # the branch that the response took
-    pi: dict                    # {Branch: pi(v)} of all likely tokens
+    pi: dict                    # {Branch: pi(v)} of all likely tokens, in the example .4 and .6
 
 
 def true_credit(run, batch, problems, budget, n=16):
@@ -1638,12 +1662,12 @@ def true_credit(run, batch, problems, budget, n=16):
         I    = h(V(s)) - sum_v pi(v) h(V(s, v))     nats
         true advantage = V(s, o) - V(s)             of the token o that was drawn
 
-    s is a prefix of a response, v one of the likely next tokens; their pi(v) are scaled to add up
-    to 1. V(s, v) is the share of n continuations that are right, drawn from the whole policy
-    (top_p 1) at the temperature of evaluations. V(s) and the V(s, v) of the place before estimate
-    the same chance separately, so the true advantages of a response add up only roughly to its
-    verdict minus V at its start. Responses are taken in order while their branches (s, v) fit into
-    `budget`; one that does not fit stays nan.
+    s is a prefix of a response, v one of the likely next tokens, and s with v a branch. The pi(v)
+    of the likely tokens are scaled to add up to 1. V(s, v) is the share of n continuations of a
+    branch that are right, drawn from the whole policy (top_p 1) at the temperature of evaluations.
+    V(s) and the V(s, v) of the place before estimate the same chance separately, so the true
+    advantages of a response add up only roughly to its verdict minus V at its start. Responses are
+    tried in order; one whose new branches exceed what is left of `budget` stays nan.
     """
     # 1. Find the branches. Responses begin alike, and what several share is continued once.
     decisions = {}                                      # {i: [Decision, ...]} of measured responses
@@ -1651,28 +1675,17 @@ def true_credit(run, batch, problems, budget, n=16):
     for i in range(len(batch.ids)):
         # Rounding may differ between GPUs, so all processes take what the first finds.
         found = run.world.gather(find_decisions(run, batch, i))[0]
-        needed = {branch: None for decision in found for branch in decision.pi}
-        if len(branches | needed) <= budget:
-            branches |= needed
+        together = dict(branches)
+        for decision in found:
+            together.update(dict.fromkeys(decision.pi))
+        if len(together) <= budget:
+            branches = together
             decisions[i] = found
 
-    # 2. Continue them, unless they are complete.
-    value = {}                                          # {Branch: V(s, v)}
-    rests = {}                                          # {Branch: the problem of finishing it}
-    for branch in branches:
-        problem = problems[branch.number]
-        begun = list(branch.tokens)
-        if is_complete(run, problem, begun):
-            value[branch] = torch.tensor(float(is_right(run, problem, begun)))
-        else:
-            rests[branch] = rest_of(run, problem, begun)
-    run.world.print(f"measuring what each token was worth: {n * len(rests)} continuations")
-    numbered = list(enumerate(rests.values()))
-    continued = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
+    # 2. Continue them.
+    value = branch_values(run, problems, branches, n)   # {Branch: V(s, v)}
     if run.stopped:
         return
-    right = continued.right.reshape(-1, n).float()                              # (rests, n)
-    value.update(zip(rests, right.mean(dim=1)))
 
     # 3. Apply the formulas. V changes at decisions only. With decisions at t = 3 and 7, V is one
     # value for tokens 0 to 3, another for 4 to 7, and from there on the verdict.
@@ -1720,6 +1733,27 @@ def find_decisions(run, batch, i):
             found.append(Decision(t, drawn=Branch(number, s + (o,)), pi=pi))
         s = s + (o,)
     return found
+
+
+def branch_values(run, problems, branches, n):
+    """V(s, v) of branches: the share of n continuations that are right; the verdict, if a branch is
+    a complete response.  -> {Branch: scalar tensor}"""
+    value = {}
+    rests = {}                                          # {Branch: the problem of finishing it}
+    for branch in branches:
+        problem = problems[branch.number]
+        begun = list(branch.tokens)
+        if is_complete(run, problem, begun):
+            value[branch] = torch.tensor(float(is_right(run, problem, begun)))
+        else:
+            rests[branch] = rest_of(run, problem, begun)
+    run.world.print(f"measuring what each token was worth: {n * len(rests)} continuations")
+    numbered = list(enumerate(rests.values()))
+    continued = sample_and_mark(run, numbered, "credit", n, run.cfg.eval_temperature, top_p=1.0)
+    if not run.stopped:
+        right = continued.right.reshape(-1, n).float()                          # (rests, n)
+        value.update(zip(rests, right.mean(dim=1)))
+    return value
 
 
 def is_complete(run, problem, response):
@@ -1812,8 +1846,8 @@ def credit_by_kind(run, name, batch):
     I = batch.I[batch.mask] / n                                                 # (tokens,)
 
     run.world.print(
-        f"In {n} responses, to the problems that were nearest to being solved half of the\n"
-        f"time, H adds up to {H.sum():.3f} nats per response and I, how much is decided, to "
+        f"In {n} responses, to problems whose solve rate was nearest to one half at first,\n"
+        f"H adds up to {H.sum():.3f} nats per response and I, how much is decided, to "
         f"{I.sum():.3f}.\n(I is estimated: that of one token is off by about .1 where much is "
         "decided,\nelse by .02.) Shares of tokens, H and I, and I / H:\n"
         "  kind        tokens    of H    of I     I/H")
@@ -1872,13 +1906,17 @@ def credit_by_rule(run, batch):
 #     values_agree    values to a verdict     5/2 is 2.5: exact, unless a root, \pi or the like, or
 #                                             a rounded decimal is involved
 #
-# A token is a string; that of a word begins with a quote, "apples. The value of a number is a list,
-# of what it is at three points: 1/2 is [1/2, 1/2, 1/2], and x is three different fractions. All
-# other values, such as lists and intervals, are a Structure of values.
+# A token is a string. That of a word begins with a quote: "apples
+# A value is one of two things:
+#
+#     a number      a Python list, of what it is at three points: 1/2 is [1/2, 1/2, 1/2], and x is
+#                   three different fractions
+#     a Structure   all else: the answer 1,2, a set, an interval, an equation, a word. Its parts are
+#                   values again
 #
 # It needs no algebra. To see that (x+1)^2 is x^2+2x+1, compute both at a few x. Two different
-# polynomials of degree d agree at no more than d values of x. If x is drawn from 996 numbers, they
-# agree by chance with probability at most d/996, and at three points with at most (d/996)^3
+# polynomials of degree d agree at no more than d values of x. If x is drawn from 332 numbers, they
+# agree by chance with probability at most d/332, and at three points with at most (d/332)^3
 # (Schwartz and Zippel). The points are fractions, so that nothing is rounded; positive, so that
 # \sqrt{x^2} is x; and computed from the name of the variable.
 #
@@ -1921,8 +1959,8 @@ IGNORED = ("", *r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \bf \mathbf \
 
 VARIABLES = {*ascii_letters, *r"""\alpha \beta \gamma \delta \epsilon \theta \lambda \mu \rho \sigma
     \tau \phi \varphi \omega \Delta \Omega \infty \emptyset \triangle""".split()}
-UNITS = set("""cm mm km kg ft mph square cubic units inches feet yards miles meters pounds dollars
-               cents hours minutes seconds days years""".split())
+UNITS = set("""cm mm km kg ft mph square cubic units inch inches foot feet yards miles meters pounds
+               dollars cents hours minutes seconds days years""".split())
 TEXT_UNITS = set("mghsLNJWVACFK")   # units only within \text{}
 NO_UNITS = set("""half dozen hundred thousand million billion trillion tenth hundredth thousandth
                   squared cubed factorial am pm AM PM""".split())
@@ -1936,7 +1974,7 @@ ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 BRACKETS = {"(": ")]", "[": ")]", "{": "}", r"\{": "}", r"\begin": [r"\end"]}  # what closes them
 DIGITS = digits + "."   # what a number starts with
 END = "end"             # of the answer
-UNREADABLE = (ArithmeticError, ValueError, TypeError, RecursionError)   # TypeError: a list in a sum
+UNREADABLE = (ArithmeticError, ValueError, TypeError, RecursionError)   # TypeError: a set in a sum
 
 # How tightly symbols bind: STRENGTH is the number of their level. The argument of a function goes
 # on over factors, and ends before + - * / and before another function.
@@ -2028,6 +2066,7 @@ def without_names(ours, gold):
     gold_name, gold_value = split_name(gold)
     if our_name and gold_name and our_name != gold_name:
         return None
+    # Whole, if the gold is an equation without a name, or ours is one and the gold a formula.
     gold_is_formula = any(map(is_variable, gold_value))
     if "=" in gold_value or (gold_is_formula and "=" in our_value):
         return ours, gold
@@ -2188,7 +2227,8 @@ def split_number(text):
     rest = text[len(number):]
     first, *groups = number.partition(".")[0].split("`")
     # 2004`100 and 27`54`108 are no numbers.
-    if set(map(len, groups)) == {3} and len(first) < 4 and first[0] != "0":
+    in_threes = groups != [] and all(len(group) == 3 for group in groups)
+    if in_threes and len(first) < 4 and first[0] != "0":
         number = number.replace("`", "", len(groups))
     exponent = run_in_front(rest[1:], digits + "+-")
     # 3e-5 is e times 3, minus 5, while 3e5, 3.0e-5, 3e-05 and 3e-12 are numbers.
@@ -2232,7 +2272,7 @@ def read_answer(tokens, percent):
     stack = [END, *reversed(tokens)]
     floor = 0                                           # read all
     if "%" in tokens:
-        floor = SUM     # read a product: in 2 + 3% the rest is left over, and refused below
+        floor = SUM     # read one product: 2 + 3% is not (2 + 3)%, and what is left over is refused
     value = read_expression(stack, floor)
     if stack[-1] == "%":
         stack.pop()
@@ -2315,21 +2355,23 @@ def read_operand(stack, is_argument=False):
         is_list = token != "{" and isinstance(value, Structure) and value.kind == ","
         return Structure(token + closer, value.parts) if is_list else value
     if token in FUNCTIONS:
-        # The argument of \sin(x) y ends at the bracket.
-        is_closed = stack[-1] in BRACKETS
-        argument = read_operand(stack) if is_closed else read_expression(stack, STRENGTH["*"])
-        return compute_number(FUNCTIONS[token], argument)
+        return compute_number(FUNCTIONS[token], read_argument(stack))
     if token == r"\frac":
         numerator = read_operand(stack, is_argument=True)
         denominator = read_operand(stack, is_argument=True)
         return compute_number(truediv, numerator, denominator)
     if token == r"\sqrt":
-        degree = [2] * POINTS
-        if stack[-1] == "[":
-            degree = read_operand(stack)
+        degree = read_operand(stack) if stack[-1] == "[" else [2] * POINTS
         radicand = read_operand(stack, is_argument=True)
         return compute_number(pow, radicand, compute_number(truediv, [1] * POINTS, degree))
     raise ValueError(f"cannot read {token}")
+
+
+def read_argument(stack):
+    r"""The argument of a function: of \sin(x) y the bracket, of \sin 2x + y all up to the sum."""
+    if stack[-1] in BRACKETS:
+        return read_operand(stack)
+    return read_expression(stack, STRENGTH["*"])
 
 
 def read_parts(stack, first):
@@ -2341,19 +2383,28 @@ def read_parts(stack, first):
             stack.pop()
         parts.append(read_expression(stack, STRENGTH[separator]))
     if separator == "=" and [type(part) for part in parts] == [list, list]:
-        # An equation f = g is compared as f - g. For 2x+4y = 6 that is twice what it is for
-        # x+2y = 3, at every point, and so is its change between two points. Divided by this change
-        # they are equal. Without variables there is none, and the division refuses 2 = 3.
-        difference = compute_number(sub, *parts)
-        change = difference[0] - difference[1]
-        parts = [[value / change for value in difference]]
+        parts = [equation(*parts)]
     return Structure(separator, parts)
+
+
+def equation(left, right):
+    """An equation of two numbers as one, which is the same for 2x+4y = 6 and x+2y = 3."""
+    # left - right is twice as large in the first, at every point, and so is its change from one
+    # point to another. Divided by this change they are equal. Without variables there is none, and
+    # the division refuses 2 = 3.
+    difference = compute_number(sub, left, right)
+    change = difference[0] - difference[1]
+    return [value / change for value in difference]
 
 
 def variable_number(name):
     """Pseudo-random numbers between 1 and 2, always the same for the same name."""
-    hashes = [crc32(f"{name}{point}".encode()) for point in range(POINTS)]
-    return [1 + Fraction(1 + number % 996, 997) for number in hashes]
+    number = []
+    for point in range(POINTS):
+        # From another third of 1 to 996 at each point, so that they differ.
+        k = 332 * point + 1 + crc32(f"{name}{point}".encode()) % 332
+        number.append(1 + Fraction(k, 997))
+    return number
 
 
 def is_constant(number):
@@ -2376,7 +2427,7 @@ def compute_number(operation, *numbers):
 
 
 def bit_length(value):
-    """The size of an exact number; denominators count more, as sums need a common one."""
+    """A rough size of an exact number; denominators count more, as sums multiply them."""
     if type(value) is Fraction:
         return value.numerator.bit_length() + 4 * (value.denominator.bit_length() - 1)
     return 1
@@ -2600,10 +2651,12 @@ class World:
         self.signalled = 0                              # time of the first signal; 0: none yet
         self.phase = "other"
         self.start_clock()
-        if self.sharded and not dist.is_initialized():  # FSDP needs a group even for one GPU
-            alone = dict(store=dist.HashStore(), rank=0, world_size=1) if self.size == 1 else {}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                    timeout=timedelta(minutes=60), **alone)
+        if self.sharded and not dist.is_initialized():
+            options = {}
+            if self.size == 1:                          # FSDP needs a group even for one GPU
+                options = dict(store=dist.HashStore(), rank=0, world_size=1)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=60), **options)
 
     def gather(self, x):
         """[x of process 0, x of process 1, ...] on every process."""
@@ -2693,7 +2746,8 @@ def shard(policy, world, offload):
     if offload:
         options["offload_policy"] = dist.fsdp.CPUOffloadPolicy(pin_memory=False)
     lists = [x for x in policy.lm.modules() if isinstance(x, torch.nn.ModuleList)]
-    for layer in lists[0]:                              # the decoder's layers
+    layers = lists[0]                                   # those of the decoder
+    for layer in layers:
         if world.device.type == "cuda":
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         dist.fsdp.fully_shard(layer.to(world.device).float(), **options)
@@ -2702,7 +2756,8 @@ def shard(policy, world, offload):
 
 @torch.no_grad()
 def fill_sampler(run):
-    """Put the policy's weights into the copy that samples, if it is empty -> the copy."""
+    """Put the policy's weights into the copy that samples, if there is one and it is empty -> the
+    model that samples."""
     for copy, original in zip(run.sampler.parameters(), run.policy.lm.parameters()):
         if copy.numel() == 0:
             weight = run.world.whole(original)
@@ -2777,6 +2832,7 @@ def save_checkpoint(run):
 
 def load_checkpoint(run):
     """Continue from the last checkpoint: weights, moments and data position, page and logs."""
+    # `load` fills a state that is there already, and says which parts this process needs.
     state = checkpoint_state(run)
     data = state["data"]
     *earlier, path = checkpoints(run.out)
@@ -2790,8 +2846,8 @@ def load_checkpoint(run):
         optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
-    # Before the first step an optimizer has no moments. To have some to save, `get_state_dict` lets
-    # it take an empty step, which AdamW would count. So it starts afresh.
+    # Before the first step AdamW has no moments, so `get_state_dict` makes some by an empty step,
+    # which AdamW counts. So at step 0 make a new optimizer.
     if run.done == 0:
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
@@ -3312,8 +3368,13 @@ def write_responses(run, step, name, problems, batch):
 #                   [10, "<h2>.."]],  and at the latest
 #      "pixels": 40.0}                height of the bars per nat
 #
-# The numbers of a token are variables of its style, such as --H: the bars take their heights from
-# them, and the radio buttons say which of them is --credit.
+# A token is, for example,
+#
+#     <span class="fork" tabindex="0" style="--p:0.412;--H:0.673;--GRPO:0.935;--EAPO:1.029;"
+#         data-t="+   p 0.412  H 0.673 ..">(four bars)+</span>
+#
+# Its numbers are variables of its style: the bars take their heights from them, and the radio
+# buttons say which of them is --credit.
 PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -3365,9 +3426,10 @@ within it, where measured, <i class="I key"></i> the information I, how much is 
 doubt about the verdict that goes away, on average over the tokens that could be drawn. Both are in
 nats; in theory I is at most H, but a measured I is noisy. Below each token: the credit that a rule
 would give it, <i class="up key"></i> up or <i class="down key"></i> down. Forks, with H at or above
-the mean of all responses to the problem, are bold; a dot · is a space. At most two right and two
-wrong responses are shown. Point at a token, tap it, or press Tab for its numbers; p is its
-probability, and V, measured like I, the chance of a right answer just before it.</p>"""
+the mean of all responses to the problem, are bold; a dot · is a space. Shown are up to four
+responses, the same each time: at first two right and two wrong ones. Point at a token, tap it, or
+press Tab for its numbers; p is its probability, and V, measured like I, the chance of a right
+answer just before it.</p>"""
 PAGE_CAVEAT = """<p>Entropy is not surprise: it says how unsure the model was before it drew a
 token, not how unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a
 low H, and EAPO blames it less than GRPO does, even if it cost the answer.</p>"""
