@@ -12,7 +12,7 @@ H. Tokens drawn where it was unsure get a little more credit or blame, the other
     score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)     one number per token         (6)
     A^CA_t  = A + alpha sign(A) score_t                            takes the place of A in (2)  (7)
 
-(1) and (2) are GRPO, with the asymmetric clip of DAPO; (6) and (7) make it EAPO. The equation
+(1) and (2) are GRPO, with the clips of DAPO and `policy_loss`; (6) and (7) make it EAPO. Equation
 numbers are the paper's, except for (1), which it does not number; (3) to (5) are not needed here,
 and (8) and (9) are in part 7. In the code the mean of (2) is a sum with weights that add up to 1,
 see `token_weights` and `train`.
@@ -27,7 +27,8 @@ a micro-batch, and M counts tokens taken from several rows. Part 8 adds I and th
     r      reward of a response: +1 if its answer is right, else -1; less with --overlong    (N,)
     A      advantage of a response: how much better it was than its group, (1)               (N,)
     A^CA   credit of a token, (7)                                                            (N, T)
-    pi_old the policy as it was when the step began and sampled the responses
+    pi_old the policy as it was when the step began. It sampled the responses, with --top-p
+           below 1 from its likeliest tokens only; log-probabilities and H are of the whole of it
     H      entropy of pi_old just before each token was drawn, in nats                       (N, T)
     mu_H, sigma_H   mean and standard deviation of H over all response tokens of a group     (N, 1)
     rho    pi_theta / pi_old: how much likelier a token has become since it was sampled      (N, T)
@@ -135,8 +136,8 @@ class Config:
     top_p: float = flag(0.95, "draw only from the likeliest tokens, which together reach this "
                               "probability; 1: from all")
 
-    method: str = flag("eapo", "rule of credit: eapo, grpo, forking, entroadv or w-reinforce; dapo "
-                               "is grpo with --overlong 0.2 (and --resample above 0)",
+    method: str = flag("eapo", "rule of credit: eapo, grpo, forking, entroadv or w-reinforce. (For "
+                               "DAPO, use grpo with --overlong 0.2 and --resample above 0.)",
                        "credit and loss")
     alpha: float = flag(0.2, "(7) strength of the entropy term; 0 gives grpo's advantages")
     phi: float = flag(2.0, "(6) |score| is at most |A| / phi; phi must be above alpha")
@@ -219,6 +220,7 @@ def group_advantages(rewards, group_size):
     right or all wrong are kept out of the update anyway, see `collect_rollouts`.)
     """
     r = rewards.reshape(-1, group_size)                                         # (B, G)
+    r = r - r[:, :1]        # changes no advantage, and makes them exactly 0 if all r are equal
     mean = r.mean(dim=1, keepdim=True)                                          # (B, 1)
     std = r.std(dim=1, keepdim=True)                                            # (B, 1)
     advantages = (r - mean) / (std + 1e-6)                                      # (B, G)   (1)
@@ -403,9 +405,10 @@ def train(cfg):
             weight = token_weights(mini.mask, cfg.group_size, cfg.loss_mean)    # (n, T)
             mini.weight = weight / weight.sum()         # all processes hold the whole mini-batch
             for micro in micro_batches(run, mini):      # this process's share
-                logp, _ = policy(micro, cfg.temperature)                        # (m, T)
+                logp, _ = policy(micro, cfg.temperature)    # (m, T); H would serve an entropy bonus
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                # Add a term of your own here. (Below, a KL penalty as an example.)
+                # Add a term of your own here: a sum over tokens, times micro.weight. (How to add
+                # a KL penalty is said below `train`.)
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -437,14 +440,18 @@ def train(cfg):
 
 # How to add a KL penalty, which would keep the policy near a reference model:
 #
-#   open_run         run.reference = shard(Policy(load_model(cfg, world)[0]), world, cfg.offload)
+#   Config           kl_beta: float = flag(0.0, "weight of the KL penalty")
+#   Run, Batch       the new fields reference and ref_logp
+#   open_run         after `run = Run(..)`:
+#                    run.reference = shard(Policy(load_model(cfg, world)[0]), world, cfg.offload)
 #   sample_and_mark  after `rescore`, if name == "train":
 #                    batch.ref_logp, _ = score(run.reference, world, batch, temperature)
-#   train            d = micro.ref_logp - logp
-#                    loss += beta * ((d.exp() - d - 1) * micro.weight).sum()
+#   train            after `loss = policy_loss(..)`:
+#                    d = micro.ref_logp - logp
+#                    loss += cfg.kl_beta * ((d.exp() - d - 1) * micro.weight).sum()
 #
-# with `reference` a new field of Run, and `ref_logp` one of Batch. The reference is the model as it
-# was loaded. So start from one that needs no warm-up, such as the model/ of an earlier run.
+# The reference is the model as it was loaded. So start from one that needs no warm-up, such as the
+# model/ of an earlier run. (`check_memory` does not count it.)
 
 @dataclass
 class Run:
@@ -460,12 +467,12 @@ class Run:
     stream: object = None                               # the training problems, part 6
     eval_sets: dict = field(default_factory=dict)       # {name: problems}
     history: list = field(default_factory=list)         # the rows of metrics.jsonl
-    page: dict = field(default_factory=dict)            # what report.html shows: `show_responses`
+    page: dict = field(default_factory=dict)            # what report.html shows, Appendix D
     done: int = 0               # steps finished, and where a resumed run goes on from
     stopped: bool = False       # by a signal; known to all processes
 
     def is_due(self, step, every):
-        """True every so many steps (0: never), and after the last step."""
+        """True every so many steps, from step 0, and after the last one. every=0: never."""
         return every > 0 and (step % every == 0 or step == self.cfg.steps)
 
     def lacks_evaluation(self):
@@ -566,8 +573,8 @@ class Batch:
 
     A row is a prompt, its response, and zeros up to the longest row. What is known of each response
     token is 0 outside the mask (but for V, I and true_advantage of part 8). Masks come from the
-    lengths, never from token values: many models pad with their stop token. The batch is in host
-    memory, except for the micro-batch that a GPU works on.
+    lengths, never from token values: many models pad with their stop token. A batch is in host
+    memory, except for the rows that a GPU works on.
     """
     ids: torch.Tensor               # (N, L) prompt, then response
     prompt_len: torch.Tensor        # (N,)   tokens
@@ -794,7 +801,7 @@ def score(policy, world, batch, temperature):
 #                                         .   left over from an earlier response
 #
 # Here G = 2 and `width` is 10. Slots 0 and 1 have the same prompt. Slot 2 answers another one, and
-# its partner in slot 3 has ended. An idle slot is computed like the others, but sees place 0 alone.
+# its partner in slot 3 has ended.
 
 @torch.no_grad()
 def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seeds,
@@ -802,8 +809,9 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     """G responses to each prompt -> a Batch of N rows with old_logp, H and ended.
 
     limits: how many tokens a response to each prompt may have. seeds: one for each prompt.
-    slots_at_most: what fits in memory, see `slots_that_fit`. keep_on: called with the number of new
-    tokens after every decode step; if it returns False, generation stops early.
+    slots_at_most: what fits in memory, see `slots_that_fit`, but G are taken at least. keep_on:
+    called with the number of new tokens after every decode step; if it returns False, generation
+    stops early.
 
     The random number that draws a token depends, for a given G, only on the seed of its prompt, on
     which of the G responses it is in, and on its place there. So, up to rounding, responses depend
@@ -817,25 +825,23 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     most = max(limits, default=0)
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
-    # What is given for each response: its limit, the position of its last prompt token, and a
-    # random number for each of its tokens. The last row, IDLE, is for slots that are idle: they are
-    # computed, too, and what they write there is thrown away.
-    IDLE = N
-    all_limits = [limit for limit in limits for _ in range(G)]
-    all_ends = [len(prompt) - 1 for prompt in prompts for _ in range(G)]
-    limit = torch.tensor(all_limits + [0], device=device)                       # (N + 1,)
-    prompt_end = torch.tensor(all_ends + [0], device=device)                    # (N + 1,)
-    u = F.pad(random_numbers(seeds, G, most), (0, 0, 0, 1)).to(device)          # (N + 1, most)
+    # What is given for each response: how many tokens it may have, the position of its last prompt
+    # token, and a random number for each of its tokens.
+    limit = torch.tensor(limits, dtype=torch.long, device=device).repeat_interleave(G)      # (N,)
+    ends = [len(prompt) - 1 for prompt in prompts]
+    prompt_end = torch.tensor(ends, dtype=torch.long, device=device).repeat_interleave(G)   # (N,)
+    u = random_numbers(seeds, G, most).to(device)                               # (N, most)
 
     # What is kept of each.
-    tokens = torch.zeros(N + 1, most, dtype=torch.long, device=device)
-    logp = torch.zeros(N + 1, most, device=device)
-    H = torch.zeros(N + 1, most, device=device)
-    length = torch.zeros(N + 1, dtype=torch.long, device=device)
-    ended = torch.zeros(N + 1, dtype=torch.bool, device=device)
+    tokens = torch.zeros(N, most, dtype=torch.long, device=device)
+    logp = torch.zeros(N, most, device=device)
+    H = torch.zeros(N, most, device=device)
+    length = torch.zeros(N, dtype=torch.long, device=device)
+    ended = torch.zeros(N, dtype=torch.bool, device=device)
 
     # What each slot is doing.
-    row_of = torch.full((slots,), IDLE, device=device)  # of the response that it writes
+    IDLE = -1
+    row_of = torch.full((slots,), IDLE, device=device)  # the response that it writes
     newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next
     cache = transformers.Cache(layers=[])
 
@@ -862,35 +868,37 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
             row_of = row_of[busy]
             newest = newest[busy]
             cache.batch_select_indices(busy)
+            busy = torch.arange(len(busy), device=device)
 
-        # Decode: one more token in every slot. Idle slots work on row IDLE, whose limit and length
-        # are 0: so they stay at position 0, count as finished, and stay idle.
-        t = length[row_of]                              # (slots,) tokens of the response so far
-        position = prompt_end[row_of] + t               # (slots,) where `newest` belongs
-        logits = decode(lm, newest, position, cache)                            # (slots, V)
-        token = draw(logits, u[row_of, t], temperature, top_p)                  # (slots,)
-        tokens[row_of, t] = token
-        logp[row_of, t], H[row_of, t] = log_prob_and_entropy(logits, token, temperature)
-        ended[row_of] = torch.isin(token, stop)
-        length[row_of] = t + 1
-        length[IDLE] = 0
+        # Decode: one more token in every busy slot. (The model computes the idle ones, too, as if
+        # they had a token at position 0.)
+        row = row_of[busy]                              # (busy,) the responses being written
+        t = length[row]                                 # (busy,) how many tokens they have
+        position = torch.zeros_like(row_of)             # (slots,) where `newest` belongs
+        position[busy] = prompt_end[row] + t
+        logits = decode(lm, newest, position, cache)[busy]                      # (busy, V)
+        token = draw(logits, u[row, t], temperature, top_p)                     # (busy,)
+        tokens[row, t] = token
+        logp[row, t], H[row, t] = log_prob_and_entropy(logits, token, temperature)
+        ended[row] = torch.isin(token, stop)
+        length[row] = t + 1
 
-        newest = token
-        finished = ended[row_of] | (length[row_of] == limit[row_of])
-        row_of = row_of.masked_fill(finished, IDLE)
+        newest[busy] = token
+        finished = ended[row] | (length[row] == limit[row])
+        row_of[busy[finished]] = IDLE
         if keep_on and not keep_on(len(busy)):
             break
 
-    # What was kept, without row IDLE, cut to the longest response.
+    # What was kept, cut to the longest response.
     responses = []
-    for ids, n in zip(tokens[:N].cpu(), length.tolist()):
+    for ids, n in zip(tokens.cpu(), length.tolist()):
         responses.append(ids[:n].tolist())
     batch = make_batch([prompt for prompt in prompts for _ in range(G)], responses)
     T = batch.mask.shape[1]
     # A slice holds on to the whole tensor, and `gather` would send it: hence the clones.
-    batch.old_logp = logp[:N, :T].cpu().clone()
-    batch.H = H[:N, :T].cpu().clone()
-    batch.ended = ended[:N].cpu()
+    batch.old_logp = logp[:, :T].cpu().clone()
+    batch.H = H[:, :T].cpu().clone()
+    batch.ended = ended.cpu()
     return batch
 
 
@@ -925,7 +933,7 @@ class SlotLayer(transformers.cache_utils.DynamicLayer):
     """The KV cache of one layer: keys and values, (slots, kv heads, room, size of a head).
 
     `decode` sets `position` (slots,), where each slot writes next, and `width`, the part of the
-    room that is in use; the model calls `update`.
+    room that is in use; the model then calls `update` once.
     """
 
     def __init__(self, like, slots, room):
@@ -988,7 +996,7 @@ def slots_that_fit(lm, prompts, limits, group_size, free_bytes):
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     numbers = 2 * config.num_hidden_layers * kv_heads * size * room     # keys and values
-    logits = 40 * config.vocab_size             # bytes, with the copies that `draw` makes: measured
+    logits = 44 * config.vocab_size             # bytes, with all copies of them: measured
     slot = numbers * lm.dtype.itemsize + logits
     # `generate` keeps an id (8 bytes), log p, H and a random number (4 each) for each token.
     results = 20 * group_size * len(limits) * max(limits, default=0)
@@ -1130,8 +1138,9 @@ def micro_batches(run, batch):
     budget = world.microbatch_tokens                    # tokens of a piece
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, budget)
-    # 5 pieces would keep 3 processes busy for two rounds, but leave one of them idle in the second.
-    # So shrink the pieces as far as the number of rounds stays the same.
+    # 5 pieces keep 3 processes busy for two rounds, but leave one of them idle in the second. 6
+    # smaller pieces take two rounds as well, and shorter ones. So shrink the pieces for as long as
+    # the number of rounds stays the same.
     rounds = math.ceil(len(pieces) / world.size)
     while world.size > 1 and budget > lengths.max():
         budget = int(0.9 * budget)
@@ -1218,6 +1227,7 @@ def solution_batch(run, problems):
 
 
 def new_optimizer(run, learning_rate, beta2):
+    """AdamW. (The paper names neither a weight decay nor betas nor a limit of the gradient.)"""
     return torch.optim.AdamW(run.policy.parameters(), lr=learning_rate, betas=(0.9, beta2),
                              weight_decay=0.0, fused=True)
 
@@ -1665,9 +1675,10 @@ def true_credit(run, batch, problems, budget, n=16):
     s is a prefix of a response, v one of the likely next tokens, and s with v a branch. The pi(v)
     of the likely tokens are scaled to add up to 1. V(s, v) is the share of n continuations of a
     branch that are right, drawn from the whole policy (top_p 1) at the temperature of evaluations.
-    V(s) and the V(s, v) of the place before estimate the same chance separately, so the true
-    advantages of a response add up only roughly to its verdict minus V at its start. Responses are
-    tried in order; one whose new branches exceed what is left of `budget` stays nan.
+    The branch that was drawn and the s of the next decision have the same chance, but it is
+    estimated from different continuations. So the true advantages of a response add up only roughly
+    to its verdict minus V at its start. Responses are tried in order; one whose new branches exceed
+    what is left of `budget` stays nan.
     """
     # 1. Find the branches. Responses begin alike, and what several share is continued once.
     decisions = {}                                      # {i: [Decision, ...]} of measured responses
@@ -1712,7 +1723,8 @@ def true_credit(run, batch, problems, budget, n=16):
 def find_decisions(run, batch, i):
     """Where was something decided in response i?  -> [Decision]
 
-    Likely tokens are the one drawn and, of the four most probable, those with at least 1%.
+    Likely tokens are the one drawn and, of the four most probable, those with at least 1%. (On GPUs
+    the pi of the sampler serves, in bf16.)
     """
     lm = fill_sampler(run)
     row = batch.rows([i]).to(lm.device)
@@ -1787,9 +1799,10 @@ def value_and_information(pi, values, n):
 def doubt(x, variance):
     """h(x) = -x log x - (1 - x) log(1 - x) nats, where x is an estimate with this variance.
 
-    h is concave, so h of an estimate is too low, on average by variance / (2 x (1 - x)); we add
-    that. Without it, I would be too high: the doubt after a token rests on fewer continuations than
-    the doubt before it, and would be lowered more.
+    h curves downwards. So an x that is now too high and now too low gives an h that is too low, on
+    average by variance / (2 x (1 - x)). We add that. Without it, I would be too high: V(s), which
+    rests on the continuations of all branches, varies less than a V(s, v), so the doubt before the
+    token would be lowered less than the doubt after it.
     """
     h = torch.special.entr(x) + torch.special.entr(1 - x)
     curvature = 1 / (x * (1 - x)).clamp(min=1e-9)       # -h''; at x = 0 or 1 the variance is 0
@@ -1853,7 +1866,7 @@ def credit_by_kind(run, name, batch):
         "  kind        tokens    of H    of I     I/H")
     metrics = {}
     for kind in dict.fromkeys([*kinds, "all"]):
-        here = torch.tensor([kind in (k, "all") for k in kinds])                # (tokens,)
+        here = torch.tensor([kind in (this, "all") for this in kinds])          # (tokens,)
         share = here.float().mean()
         H_here = H[here].sum()
         I_here = I[here].sum()
@@ -1926,7 +1939,7 @@ def credit_by_rule(run, batch):
 #     4           2+2, 4.0, 4\text{ cm}, 4\text{ apples}  4 apples and 4abc (products), 4+0x
 #     x = 3       3                                       y = 3, 2x = 6 (it may repeat the problem)
 #     y = 2x      2x, 2y = 4x                             f(x) = 2x
-#     1,2         2,1 and \{1,2\} and (1,2)               1,1,2
+#     1,2         2,1 and \{1,2\} and (1,2)               1,1,2 and (2,1)
 #     (1,2)       1,2                                     (2,1), [1,2]
 #     1,234       1234, 234,1 (it may be a list)          123
 #     50\%        50, 1/2                                 5
@@ -2093,20 +2106,24 @@ def split_name(tokens):
     if "=" not in tokens:
         return [], tokens
     name = tokens[:tokens.index("=")]
-    start = [*name, "="]
-    # Leave out every "name =": in x = 1 or x = 2 there are two.
-    value = []
-    rest = tokens
-    while rest:
-        if rest[:len(start)] == start:
-            rest = rest[len(start):]
-        else:
-            value.append(rest[0])
-            rest = rest[1:]
-    is_equation = "=" in value or (name and is_variable(name[0]) and name[0] in value)
+    value = leave_out([*name, "="], tokens)             # in x = 1 or x = 2 it comes twice
+    comes_again = name != [] and is_variable(name[0]) and name[0] in value      # x = 5x
+    is_equation = "=" in value or comes_again
     if value and is_name(name) and not is_equation:
         return name, value
     return [], tokens
+
+
+def leave_out(part, tokens):
+    """The tokens without every occurrence of a part."""
+    kept = []
+    while tokens:
+        if tokens[:len(part)] == part:
+            tokens = tokens[len(part):]
+        else:
+            kept.append(tokens[0])
+            tokens = tokens[1:]
+    return kept
 
 
 def is_name(tokens):
@@ -2136,8 +2153,8 @@ def is_symbol(tokens):
 def rounding_error(tokens, most):
     """Half a unit in the last place of a decimal of three or more significant digits, relative to
     it, but not more than `most`; 0 if there is none, or if it is a part of a sum or a list."""
-    # In sums, lists and relations a decimal is not taken as rounded. A + or - that follows a
-    # bracket or ^ is a sign, and makes no sum.
+    # In sums, lists and relations a decimal is not taken as rounded. A + or - after ( { or ^ is a
+    # sign, and makes no sum.
     for before, token in zip(tokens, tokens[1:]):
         if token in JOINS and before not in ("(", "{", "^"):
             return 0
@@ -2163,27 +2180,28 @@ def scan(text, comma, is_prose=False):
     letters = ascii_letters + "/" if is_prose else ascii_letters        # km/h
     tokens = []
     while text:
-        piece = next_piece(text, letters)
+        piece = next_piece(text, letters)               # as it is written: \dfrac
+        token = SPELLED.get(piece, piece)               # as we spell it: \frac
         rest = text[len(piece):]
-        token = SPELLED.get(piece, piece)
+        # The order matters: what the first five leave is letters alone.
         if piece in DIGITS:                             # 12, .5, 1`234.5
-            token, rest = split_number(text)
-            tokens.append(token)
+            number, rest = split_number(text)
+            new = [number]
         elif token == r"\text":                         # \text{ cm}
             content, rest = split_argument(rest)
-            tokens += scan(content, comma, is_prose=True)
+            new = scan(content, comma, is_prose=True)
         elif tokens and (token == "_" or (token == "^" and tokens[-1].startswith('"'))):
-            index, rest = split_argument(rest)          # one token: x_1, or "cm^2
-            tokens[-1] += token + "".join(index.split())
+            index, rest = split_argument(rest)          # joins the token before: x_1, or "cm^2
+            new = [tokens.pop() + token + "".join(index.split())]
         elif token.strip() in IGNORED:                  # \left
-            pass
+            new = []
         elif token[0] not in ascii_letters:             # +, \frac, °
-            tokens.append(token)
+            new = [token]
         elif is_unit(piece) or (is_prose and is_word(piece)):
-            word = token if token.isupper() else token.lower()
-            tokens.append('"' + word)
+            new = ['"' + (token if token.isupper() else token.lower())]
         else:                                           # xy is x times y
-            tokens += list(piece)
+            new = list(piece)
+        tokens += new
         text = rest
     return tokens
 
@@ -2333,9 +2351,9 @@ def read_operand(stack, is_argument=False):
     if is_argument and token.isdecimal() and len(token) > 1:
         stack.append(token[1:])
         token = token[0]
-    # \text{(C)} is C; f(2x) is not f times 2x.
-    letter = token.strip('"')
-    if is_variable(letter) and letter + stack[-1] not in ("f(", "g("):
+    letter = token.strip('"')                           # \text{(C)} is C
+    is_call = letter in ("f", "g") and stack[-1] == "("     # f(2x) is not f times 2x
+    if is_variable(letter) and not is_call:
         return variable_number(letter)
     if token.startswith('"'):
         return Structure(token, [])
@@ -2417,7 +2435,8 @@ def compute_number(operation, *numbers):
     in which a variable has cancelled."""
     bits = max(bit_length(value) for number in numbers for value in number)
     if operation is pow:
-        bits = max(map(bit_length, numbers[0])) * max(map(abs, numbers[1]))
+        base, exponent = numbers
+        bits = max(map(bit_length, base)) * max(map(abs, exponent))
     if bits > MOST_BITS:
         raise ValueError("too many digits")
     results = list(map(operation, *numbers))
@@ -2511,7 +2530,7 @@ def problems_from_rows(source, rows, wanted):
 def plain_row(row, where):
     """A row with the names of its columns in lower case, and those in verl's reward_model too."""
     require(isinstance(row, dict), f"{where}: not an object")
-    require(None not in row, f"{where}: not as many values as columns. Put quotes around a value "
+    require(None not in row, f"{where}: more values than columns. Put quotes around a value "
             "that holds a comma or a new line")
     row = {str(name).lower(): value for name, value in row.items()}
     if isinstance(row.get("reward_model"), dict):
@@ -2734,8 +2753,9 @@ class World:
 def shard(policy, world, offload):
     """Make the weights of the policy fp32 and cut them over the processes, layer by layer (FSDP2).
 
-    A layer's full weights exist, in bf16 on GPUs, only while it computes (embedding and head: from
-    the forward to the backward pass). On GPUs its activations are not kept, but computed again.
+    A layer's full weights exist, in bf16 on GPUs, only while it computes. Embedding and head belong
+    to no layer: they stay whole from the forward to the backward pass. On GPUs the activations of a
+    layer are not kept, but computed again.
     """
     if not world.sharded:
         return policy.to(world.device)
@@ -2832,7 +2852,7 @@ def save_checkpoint(run):
 
 def load_checkpoint(run):
     """Continue from the last checkpoint: weights, moments and data position, page and logs."""
-    # `load` fills a state that is there already, and says which parts this process needs.
+    # `load` writes into a state that exists, which also tells it the parts that this process needs.
     state = checkpoint_state(run)
     data = state["data"]
     *earlier, path = checkpoints(run.out)
@@ -2846,8 +2866,8 @@ def load_checkpoint(run):
         optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
-    # Before the first step AdamW has no moments, so `get_state_dict` makes some by an empty step,
-    # which AdamW counts. So at step 0 make a new optimizer.
+    # A checkpoint of step 0 has moments, too: AdamW had none, so `get_state_dict` made some by an
+    # empty step, and AdamW counted it. So begin with a new optimizer.
     if run.done == 0:
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
@@ -2863,8 +2883,8 @@ def load_checkpoint(run):
 def cut_logs(run):
     """Take out of the logs what comes after step run.done, as it will be done again."""
     run.history = read_log(f"{run.out}/metrics.jsonl", run.done)
-    # An evaluation writes its responses first, and its metrics when all is done. If these are
-    # missing, it was cut short: then its responses go, too.
+    # Responses are kept up to the step of the checkpoint. But if its evaluation has no metrics,
+    # which come last, it was cut short: then its responses go, too.
     last_step = run.done - 1 if run.lacks_evaluation() else run.done
     responses = read_log(f"{run.out}/responses.jsonl", last_step)
     run.world.gather(None)                              # all have read them
@@ -3228,7 +3248,7 @@ def one_line_errors(source):
         yield
     except (KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
         raise
-    except BaseException as error:      # which torch's errors of checkpoints are, no Exceptions
+    except BaseException as error:      # torch's CheckpointException is no Exception
         message = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
         remedies = [remedy for sign, remedy in REMEDIES.items() if sign in message]
         message = " ".join(message.split())
@@ -3253,7 +3273,9 @@ REMEDIES = {        # a part of what a library's error says, and what to do then
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix D. What a run shows: on the screen, in responses.jsonl, and on a page, report.html.
+# Appendix D. What a run shows: on the screen, in responses.jsonl, and on a page, report.html. It
+# also leaves config.json, metrics.jsonl (`measure`, `eval_metrics`, `credit_by_kind`), model/ and,
+# if it is stopped or --save-every says so, checkpoint/.
 # --------------------------------------------------------------------------------------------------
 
 def explain_scores(run):
@@ -3375,66 +3397,6 @@ def write_responses(run, step, name, problems, batch):
 #
 # Its numbers are variables of its style: the bars take their heights from them, and the radio
 # buttons say which of them is --credit.
-PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Where does the credit go?</title><style>
-:root { color-scheme: light dark; overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 1200px; margin: auto; padding: 16px 20px 90px }
-@media (min-width: 900px) { main { display: grid; grid-template-columns: 1fr 300px; gap: 48px } }
-fieldset, label { display: inline-block }
-figure { margin: 0 0 24px }
-svg { width: 100%; height: 96px; border: solid #888; border-width: 0 0 1px 1px; stroke: #2f7de1 }
-svg * { vector-effect: non-scaling-stroke }
-polygon { opacity: 0.3 }
-polyline { fill: none; stroke-width: 2 }
-
-/* A token: above it a bar of H, and within it one of I; then its text; below it a bar of credit. */
-pre { position: relative; margin: 8px 0 24px; font: 17px monospace; white-space: normal }
-span { display: inline-grid; grid-template-rows: 44px auto auto; min-width: 12px;
-  padding: 0 2px 8px; text-align: center; white-space: pre; vertical-align: top }
-.fork { font-weight: 900 }
-i { border-radius: 2px }
-.H, .I { grid-area: 1 / 1; align-self: end; max-height: 100% }
-.up, .down { grid-area: 3 / 1 }
-.H { background: #f3bd63; height: calc(var(--H) * var(--nat)) }
-.I { background: #b4540a; height: calc(max(0, var(--I, 0)) * var(--nat)) }
-.up { background: #2c9a4b; height: calc(max(0, var(--credit)) * 14px) }
-.down { background: #dd4840; height: calc(max(0, -1 * var(--credit)) * 14px) }
-.key { display: inline-block; padding: 6px }
-
-/* Its numbers, when it is pointed at. */
-span:is(:hover, :focus) { background: #8883; outline: 1px solid #888 }
-span:is(:hover, :focus)::after { content: attr(data-t); position: absolute; z-index: 1; top: 100%;
-  left: 0; padding: 4px 8px; background: CanvasText; color: Canvas; white-space: pre-wrap;
-  font: 14px/1.5 system-ui, sans-serif; text-align: left }
-
-/* What the radio buttons choose: which of its numbers is the --credit of a token, and which of the
-   two sections is seen. */
-span { --credit: var(--EAPO) }
-body:has(#GRPO:checked) span { --credit: var(--GRPO) }
-body:has(#change:checked) span { --credit: calc(10 * (var(--EAPO) - var(--GRPO))) }
-body:has(#base:checked) .latest, body:has(#latest:checked) .base { display: none }
-</style><h1>Where does the credit go?</h1>"""
-PAGE_LEGEND = """<fieldset><legend>Credit</legend>
-<label><input type="radio" name="credit" checked>EAPO</label>
-<label><input type="radio" name="credit" id="GRPO">GRPO</label>
-<label><input type="radio" name="credit" id="change">EAPO − GRPO, 10 times as high</label>
-</fieldset>
-<p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
-within it, where measured, <i class="I key"></i> the information I, how much is decided there: the
-doubt about the verdict that goes away, on average over the tokens that could be drawn. Both are in
-nats; in theory I is at most H, but a measured I is noisy. Below each token: the credit that a rule
-would give it, <i class="up key"></i> up or <i class="down key"></i> down. Forks, with H at or above
-the mean of all responses to the problem, are bold; a dot · is a space. Shown are up to four
-responses, the same each time: at first two right and two wrong ones. Point at a token, tap it, or
-press Tab for its numbers; p is its probability, and V, measured like I, the chance of a right
-answer just before it.</p>"""
-PAGE_CAVEAT = """<p>Entropy is not surprise: it says how unsure the model was before it drew a
-token, not how unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a
-low H, and EAPO blames it less than GRPO does, even if it cost the answer.</p>"""
-BARS = '<i class="H"></i><i class="I"></i><i class="up"></i><i class="down"></i>'
-
 
 def shown(text):
     """Text from a model or a file as HTML."""
@@ -3453,7 +3415,8 @@ def show_responses(run, step, problem, group):
         right = group.right.nonzero()[:, 0].tolist()
         wrong = (~group.right).nonzero()[:, 0].tolist()
         run.page["rows"] = right[:2] + wrong[:2]
-        run.page["pixels"] = 44 / max(0.7, float(group.H.max()))        # per nat
+        # The tallest bar of H fills the room above the tokens, unless it is below .7, a coin toss.
+        run.page["pixels"] = BAR_ROOM / max(0.7, float(group.H.max()))
     mu, _ = entropy_mean_and_std(group.H, group.mask, G)
     fork = group.mask & (group.H >= mu)                                         # (G, T)
     eapo = entropy_aware_advantages(A, group.H, group.mask, G, cfg.alpha, cfg.phi)
@@ -3580,6 +3543,71 @@ def curve(title, steps, low, middle, high):
 {middle[0]:.3f} &rarr; {middle[-1]:.3f}</figcaption></figure>"""
 
 
+# ---- The looks of the page. ----------------------------------------------------------------------
+
+PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Where does the credit go?</title><style>
+:root { color-scheme: light dark; overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 1200px; margin: auto; padding: 16px 20px 90px }
+@media (min-width: 900px) { main { display: grid; grid-template-columns: 1fr 300px; gap: 48px } }
+fieldset, label { display: inline-block }
+figure { margin: 0 0 24px }
+svg { width: 100%; height: 96px; border: solid #888; border-width: 0 0 1px 1px; stroke: #2f7de1 }
+svg * { vector-effect: non-scaling-stroke }
+polygon { opacity: 0.3 }
+polyline { fill: none; stroke-width: 2 }
+
+/* A token is a grid of three rows: 44 pixels, in which the bars of H and I lie over one another;
+   its text; a bar of credit. */
+pre { position: relative; margin: 8px 0 24px; font: 17px monospace; white-space: normal }
+span { display: inline-grid; grid-template-rows: 44px auto auto; min-width: 12px;
+  padding: 0 2px 8px; text-align: center; white-space: pre; vertical-align: top }
+.fork { font-weight: 900 }
+i { border-radius: 2px }
+.H, .I { grid-area: 1 / 1; align-self: end; max-height: 100% }
+.up, .down { grid-area: 3 / 1 }
+.H { background: #f3bd63; height: calc(var(--H) * var(--nat)) }
+.I { background: #b4540a; height: calc(max(0, var(--I, 0)) * var(--nat)) }
+.up { background: #2c9a4b; height: calc(max(0, var(--credit)) * 14px) }
+.down { background: #dd4840; height: calc(max(0, -1 * var(--credit)) * 14px) }
+.key { display: inline-block; padding: 6px }
+
+/* Its numbers, when it is pointed at. */
+span:is(:hover, :focus) { background: #8883; outline: 1px solid #888 }
+span:is(:hover, :focus)::after { content: attr(data-t); position: absolute; z-index: 1; top: 100%;
+  left: 0; padding: 4px 8px; background: CanvasText; color: Canvas; white-space: pre-wrap;
+  font: 14px/1.5 system-ui, sans-serif; text-align: left }
+
+/* What the radio buttons choose: which of its numbers is the --credit of a token, and which of the
+   two sections is seen. */
+span { --credit: var(--EAPO) }
+body:has(#GRPO:checked) span { --credit: var(--GRPO) }
+body:has(#change:checked) span { --credit: calc(10 * (var(--EAPO) - var(--GRPO))) }
+body:has(#base:checked) .latest, body:has(#latest:checked) .base { display: none }
+</style><h1>Where does the credit go?</h1>"""
+PAGE_LEGEND = """<fieldset><legend>Credit</legend>
+<label><input type="radio" name="credit" checked>EAPO</label>
+<label><input type="radio" name="credit" id="GRPO">GRPO</label>
+<label><input type="radio" name="credit" id="change">EAPO − GRPO, 10 times as high</label>
+</fieldset>
+<p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
+within it, where measured, <i class="I key"></i> the information I, how much is decided there: the
+doubt about the verdict that goes away, on average over the tokens that could be drawn. Both are in
+nats; in theory I is at most H, but a measured I is noisy. Below each token: the credit that a rule
+would give it, <i class="up key"></i> up or <i class="down key"></i> down. Forks, with H at or above
+the mean of all responses to the problem, are bold; a dot · is a space. Shown are up to four
+responses, the same each time: at first two right and two wrong ones. Point at a token, tap it, or
+press Tab for its numbers; p is its probability, and V, measured like I, the chance of a right
+answer just before it.</p>"""
+PAGE_CAVEAT = """<p>Entropy is not surprise: it says how unsure the model was before it drew a
+token, not how unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a
+low H, and EAPO blames it less than GRPO does, even if it cost the answer.</p>"""
+BAR_ROOM = 44           # pixels, the first of the rows above
+BARS = '<i class="H"></i><i class="I"></i><i class="up"></i><i class="down"></i>'
+
+
 # --------------------------------------------------------------------------------------------------
 # Appendix E. The command line.
 # --------------------------------------------------------------------------------------------------
@@ -3627,7 +3655,8 @@ USAGE = """python eapo.py [flags], for example
 
 
 def parse_args(argv=None):
-    """The command line -> Config: what is typed, else the model's preset, else the default."""
+    """The command line -> Config: what is typed, else what the run to resume had or what the preset
+    of the model says, else the default."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], usage=USAGE, allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -3658,8 +3687,8 @@ def parse_args(argv=None):
 
 
 def preset(model):
-    """The settings that a model changes, by the last part of its name. The model/ of an earlier run
-    inherits those of that run's model, except the warm-up and the measuring of credit."""
+    """The settings that a model changes, by what the last part of its name contains. The model/ of
+    an earlier run inherits those of that run's model, but no warm-up and no measuring of credit."""
     if model == "tiny":
         return PRESETS["tiny"]
     folder, name = os.path.split(os.path.normpath(model))

@@ -183,6 +183,12 @@ def test_one_right_response_in_four_earns_what_the_three_wrong_ones_lose():
     near(A, [1.5, -.5, -.5, -.5])
 
 
+def test_equal_rewards_have_no_advantage_at_all():
+    """Eight times -1.3 have a mean in fp32 that is not -1.3, and a tiny std to divide by."""
+    for reward in (-1.3, .1, .7, 1 / 3):
+        assert group_advantages(torch.full((8,), reward), 8).tolist() == [0] * 8
+
+
 def test_a_group_is_compared_with_itself_only_and_teaches_nothing_if_it_agrees():
     """Three groups, one mixed, one all right, one all wrong: r = 1, -1 has std sqrt(2)."""
     A = group_advantages(tensor([1., -1, 1, 1, -1, -1]), group_size=2)
@@ -859,19 +865,19 @@ def test_no_more_slots_are_busy_than_memory_allows():
 
 def test_as_many_slots_are_used_as_memory_holds():
     """2 (keys, values) x 1 layer x 2 heads x 25 numbers of 4 bytes are 400 a token; 10 tokens and
-    80 bytes for a vocabulary of two make 4,080 a slot. 4/5 of 51,000 bytes hold ten of them, when
+    88 bytes for a vocabulary of two make 4,088 a slot. 4/5 of 51,100 bytes hold ten of them, when
     3 tries at 2 prompts, of 6 tokens each, have taken 20 bytes a token; 512 are the most. Without
-    grouped heads there are 4, and 8,080 bytes."""
+    grouped heads there are 4, and 8,088 bytes."""
     config = types.SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, hidden_size=100,
                                    num_attention_heads=4, vocab_size=2)
     lm = types.SimpleNamespace(config=config, dtype=torch.float32)
     shape = ([[0] * 4, [0]], [6, 2], 3)
-    for free, slots in ((51720, 10), (51719, 9), (math.inf, 512)):
+    for free, slots in ((51820, 10), (51819, 9), (math.inf, 512)):
         assert slots_that_fit(lm, *shape, free) == slots
     config.num_key_value_heads = None
-    assert slots_that_fit(lm, *shape, 101720) == 10
+    assert slots_that_fit(lm, *shape, 101820) == 10
     config.head_dim = 50
-    assert slots_that_fit(lm, *shape, 101720) == 5
+    assert slots_that_fit(lm, *shape, 101820) == 5
 
 
 def test_a_model_that_cannot_be_sampled_from_is_found_out():
@@ -1540,7 +1546,7 @@ def test_bad_data_gets_one_line_that_says_where(tmp_path, text, says):
 def test_an_unreadable_csv_is_named_with_what_is_wrong_in_it(tmp_path):
     """And an error without words is called by its kind."""
     (tmp_path / "x.csv").write_text("problem,answer\n1+1,2\n1,2,3,4\n")
-    with pytest.raises(SystemExit, match="x.csv, row 2: not as many values as columns"):
+    with pytest.raises(SystemExit, match="x.csv, row 2: more values than columns"):
         load_file(tmp_path / "x.csv", "train")
     with pytest.raises(SystemExit, match="cannot use x: ValueError"), eapo.one_line_errors("x"):
         raise ValueError
