@@ -407,8 +407,8 @@ def train(cfg):
             for micro in micro_batches(run, mini):      # this process's share
                 logp, _ = policy(micro, cfg.temperature)    # (m, T); H would serve an entropy bonus
                 loss = policy_loss(logp, micro.old_logp, micro.credit, micro.weight, *clips)
-                # Add a term of your own here: a sum over tokens, times micro.weight. (How to add
-                # a KL penalty is said below `train`.)
+                # Add a term of your own here: a sum over tokens, weighted by micro.weight. (An
+                # example, a KL penalty, follows this function.)
                 (loss * world.size).backward()
                 clipped = clipped_tokens(logp, micro.old_logp, micro.credit, *clips)
                 sums["clipped"] += int(clipped.sum())
@@ -438,20 +438,22 @@ def train(cfg):
     return run
 
 
-# How to add a KL penalty, which would keep the policy near a reference model:
+# ---- How to add a KL penalty, which keeps the policy near a reference model. ---------------------
 #
-#   Config           kl_beta: float = flag(0.0, "weight of the KL penalty")
-#   Run, Batch       the new fields reference and ref_logp
+#   Config           kl_beta: float = flag(0.0, "weight of the KL penalty; 0: none")
+#   Run, Batch       the fields  reference: object = None  and  ref_logp: torch.Tensor = None
 #   open_run         after `run = Run(..)`:
 #                    run.reference = shard(Policy(load_model(cfg, world)[0]), world, cfg.offload)
-#   sample_and_mark  after `rescore`, if name == "train":
-#                    batch.ref_logp, _ = score(run.reference, world, batch, temperature)
+#   sample_and_mark  before `world.begin("other")`:
+#                    if name == "train":
+#                        batch.ref_logp, _ = score(run.reference, world, batch, temperature)
 #   train            after `loss = policy_loss(..)`:
 #                    d = micro.ref_logp - logp
 #                    loss += cfg.kl_beta * ((d.exp() - d - 1) * micro.weight).sum()
 #
-# The reference is the model as it was loaded. So start from one that needs no warm-up, such as the
-# model/ of an earlier run. (`check_memory` does not count it.)
+# This is GRPO's estimator, "k3". The reference is the model as --model holds it, before a warm-up;
+# --resume reads it from there again. After tiny's warm-up it would still have random weights: so
+# make a base first, `--steps 0 --out base`, and start from `--model base/model`.
 
 @dataclass
 class Run:
@@ -1392,9 +1394,10 @@ def addition_kinds(tokens):
 
 
 # The built-in tasks. To add one, write a function like `addition`, which makes the problems of a
-# split, "train", "eval" or "warmup", with worked solutions for the last, and enter it here. If the
-# verifier does not suit, give the problems a check, (text, answer) -> bool. The tiny model knows
-# only the characters in `tiny_model`.
+# split, "train", "eval" or "warmup", with worked solutions for the last, some of them wrong, and
+# enter it here. Then run it with all of --train-data NAME --eval-data NAME --warmup-data NAME. The
+# verifier compares values, so 012 is 12: if that does not suit, give the problems a check, (text,
+# answer) -> bool. The tiny model knows only the characters in `tiny_model`.
 TASKS = {"addition": addition, "chatter": chatter, "words": word_problems}
 KINDS = {"addition": addition_kinds, "chatter": addition_kinds}     # for the table of part 8
 
@@ -1414,10 +1417,11 @@ def load_problems(run, source, split):
             run.world.print(f"{source}: {len(rows) - len(problems)} of {len(rows)} rows left out, "
                             "whose solution has no \\boxed{} answer")
     if run.cfg.model == "tiny":
-        for text in (problems[0].problem, problems[0].solution):
-            read = run.tokenizer.decode(run.tokenizer(text).input_ids)
-            require(read == text, f"of {text!r:.50} --model tiny can read only {read!r:.50}: name "
-                    "another --model, or give it more characters in tiny_model")
+        text = "".join(problem.problem + problem.solution for problem in problems)
+        characters = sorted(set(text.replace("\\boxed{", "")))
+        unknown = [c for c in characters if run.tokenizer.decode(run.tokenizer(c).input_ids) != c]
+        require(not unknown, f"{source}: --model tiny cannot read {''.join(unknown)!r:.50}: name "
+                "another --model, or give it more characters in tiny_model")
     with one_line_errors(f"the tokenizer or the chat template of {run.cfg.model}"):
         for problem, ids in zip(problems, prompt_ids(run.tokenizer, problems)):
             problem.ids = ids
@@ -3204,9 +3208,8 @@ def check_golds(run, problems):
     if solved and not run.cfg.eval_only:
         right = [(p.check or is_correct)(p.solution, p.answer) for p in solved]
         share = sum(right) / len(solved)
-        mistakes = ": their author makes mistakes" if share < 1 else ""
-        run.world.print(f"  of {len(solved)} worked solutions, as the warm-up imitates, "
-                        f"{share:.0%} are right{mistakes}")
+        run.world.print(f"  of {len(solved)} worked solutions of these problems, {share:.0%} are "
+                        "right; a warm-up imitates\n  others like them, their mistakes included")
 
 
 def warn_of_first_step(run, metrics):
@@ -3595,8 +3598,9 @@ PAGE_LEGEND = """<fieldset><legend>Credit</legend>
 <p>Above each token: <i class="H key"></i> its entropy H, how unsure the model was before it, and
 within it, where measured, <i class="I key"></i> the information I, how much is decided there: the
 doubt about the verdict that goes away, on average over the tokens that could be drawn. Both are in
-nats; in theory I is at most H, but a measured I is noisy. Below each token: the credit that a rule
-would give it, <i class="up key"></i> up or <i class="down key"></i> down. Forks, with H at or above
+nats; in theory I is at most H, but a measured I is noisy. Below each token: the credit that EAPO
+or GRPO would give it, whichever rule trained the model, <i class="up key"></i> up or
+<i class="down key"></i> down. Forks, with H at or above
 the mean of all responses to the problem, are bold; a dot · is a space. Shown are up to four
 responses, the same each time: at first two right and two wrong ones. Point at a token, tap it, or
 press Tab for its numbers; p is its probability, and V, measured like I, the chance of a right
