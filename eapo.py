@@ -17,8 +17,9 @@ numbers are the paper's, except for (1), which it does not number; (3) to (5) ar
 and (8) and (9) are in part 7. In the code the mean of (2) is a sum with weights that add up to 1,
 see `token_weights` and `train`.
 
-The letters, here and in the code. In shapes, n and m are some of the N rows, of a mini-batch and of
-a micro-batch, and M counts tokens taken from several rows. Part 8 adds I and the true advantage.
+The letters, here and in the code. In the shapes of `train`, n is the rows of a mini-batch and m of
+a micro-batch; elsewhere N is the rows of whatever batch a function gets, and n counts other things.
+M counts tokens taken from several rows. Part 8 adds I and the true advantage.
 
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
     L      tokens of the longest row, prompt and response (in (2), the loss)
@@ -27,8 +28,8 @@ a micro-batch, and M counts tokens taken from several rows. Part 8 adds I and th
     r      reward of a response: +1 if its answer is right, else -1; less with --overlong    (N,)
     A      advantage of a response: how much better it was than its group, (1)               (N,)
     A^CA   credit of a token, (7)                                                            (N, T)
-    pi_old the policy as it was when the step began. It sampled the responses, with --top-p
-           below 1 from its likeliest tokens only; log-probabilities and H are of the whole of it
+    pi_old the policy as it was when the step began. It samples the responses, with --top-p
+           below 1 from its likeliest tokens only; log-probabilities and H are of all tokens
     H      entropy of pi_old just before each token was drawn, in nats                       (N, T)
     mu_H, sigma_H   mean and standard deviation of H over all response tokens of a group     (N, 1)
     rho    pi_theta / pi_old: how much likelier a token has become since it was sampled      (N, T)
@@ -132,7 +133,8 @@ class Config:
 
     max_prompt_tokens: int = flag(1024, "longer prompts are left out", "sampling")
     max_response_tokens: int = flag(3072, "responses are cut off after this many tokens")
-    temperature: float = flag(1.0, "in training: of sampling, log-probabilities and entropies")
+    temperature: float = flag(1.0, "in training: of sampling, log-probabilities and entropies, in "
+                                   "the warm-up, too")
     top_p: float = flag(0.95, "draw only from the likeliest tokens, which together reach this "
                               "probability; 1: from all")
 
@@ -382,9 +384,9 @@ def train(cfg):
     for step in bar:
         world.start_clock()
 
-        # Sample G responses to each prompt and mark them: +1 if the answer is right, else -1 (and
-        # less with --overlong).
-        # The batch keeps the log-probability and entropy of every token as they are now: pi_old.
+        # Sample G responses to each prompt and mark them: +1 if the answer is right, else -1 (less
+        # with --overlong). The batch keeps the log-probability and entropy of every token as they
+        # are now: pi_old.
         batch = collect_rollouts(run)
         # A signal such as Ctrl-C only sets a flag. An update does not look at it, and is finished.
         # Sampling does, and stops at once: then this step is abandoned.
@@ -421,8 +423,8 @@ def train(cfg):
         run.done = step
 
         # Evaluate, and save. Watch the solve rate: the loss of a policy gradient does not measure
-        # progress. At rho = 1 it is minus the mean credit, which says little more than whether
-        # right or wrong responses are longer. Only its gradient is meaningful.
+        # progress. At rho = 1 it is minus the mean credit, which mostly says whether right or wrong
+        # responses are longer. Only its gradient is meaningful.
         metrics = measure(run, batch, sums)
         bar.set_postfix_str(f"solve rate {metrics['solve_rate']:.0%}, entropy "
                             f"{metrics['entropy']:.3f} nats", refresh=False)
@@ -453,7 +455,9 @@ def train(cfg):
 #
 # This is GRPO's estimator, "k3". The reference is the model as --model holds it, before a warm-up;
 # --resume reads it from there again. After tiny's warm-up it would still have random weights: so
-# make a base first, `--steps 0 --out base`, and start from `--model base/model`.
+# make a base first, `--steps 0 --out base`, and start from `--model base/model`. It takes 4 bytes
+# per parameter more than `check_memory` counts.
+# --------------------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
@@ -708,10 +712,11 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     run.stopped = any(world.gather(world.signalled))
     if run.stopped:
         return None
-    must_replace = world.bf16 and name != "credit"      # continuations of part 8 need no H
-    must_compare = name == "train"
-    if must_replace or must_compare:
-        rescore(run, batch, temperature)
+    by_length = batch.response_len.argsort(descending=True, stable=True)
+    if world.bf16 and name != "credit":                 # continuations of part 8 need no H
+        rescore(run, batch, by_length, temperature, replace=True)
+    elif name == "train":                               # the longest, where a gap would show first
+        rescore(run, batch, by_length[:1], temperature, replace=False)
     world.begin("other")
 
     each = [pair for pair in mine for _ in range(samples)]          # one per response
@@ -721,23 +726,20 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     return batch.rows(batch.number.argsort(stable=True))
 
 
-def rescore(run, batch, temperature):
-    """Set `gap` and, if the sampler computes in bf16, replace its old_logp and H by the policy's.
+def rescore(run, batch, rows, temperature, replace):
+    """Set the `gap` of these rows, between sampler and policy; replace their old_logp and H.
 
     rho needs log-probabilities of pi_theta and pi_old that differ by nothing but the update. A bf16
     copy with a KV cache rounds differently from the policy, which also multiplies in bf16, but
-    without a cache. In fp32 the two should agree. Whether they do is measured on the longest
-    response of each process, where a gap would show first.
+    without a cache: so the policy's own take their place. In fp32 the two should agree.
     """
-    by_length = batch.response_len.argsort(descending=True, stable=True)
-    rows = by_length if run.world.bf16 else by_length[:1]       # all, or the longest alone
-    logp, H = score(run.policy, run.world, batch.rows(rows), temperature)       # (rows, t)
-    t = logp.shape[1]
+    logp, H = score(run.policy, run.world, batch.rows(rows), temperature)       # (rows, width)
+    width = logp.shape[1]
     batch.gap = torch.full([len(batch.ids)], torch.nan)
-    batch.gap[rows] = (logp - batch.old_logp[rows, :t]).abs().sum(dim=1)
-    if run.world.bf16:
-        batch.old_logp[rows, :t] = logp
-        batch.H[rows, :t] = H
+    batch.gap[rows] = (logp - batch.old_logp[rows, :width]).abs().sum(dim=1)
+    if replace:
+        batch.old_logp[rows, :width] = logp
+        batch.H[rows, :width] = H
 
 
 def mark(run, batch, problems):
@@ -778,10 +780,10 @@ def score(policy, world, batch, temperature):
     all_logp = torch.zeros(batch.mask.shape)
     all_H = torch.zeros(batch.mask.shape)
     for rows in pieces:
-        logp, H = policy(batch.rows(rows).to(world.device), temperature)        # (m, t) both
-        t = logp.shape[1]
-        all_logp[rows, :t] = logp.cpu()
-        all_H[rows, :t] = H.cpu()
+        logp, H = policy(batch.rows(rows).to(world.device), temperature)        # (m, width) both
+        width = logp.shape[1]
+        all_logp[rows, :width] = logp.cpu()
+        all_H[rows, :width] = H.cpu()
     if world.sharded:
         policy.reshard()                                # or embedding and head would stay whole
     return all_logp, all_H
@@ -798,9 +800,9 @@ def score(policy, world, batch, temperature):
 #     place    0 1 2 3 4 5 6 7 8 9
 #     slot 0   p p p p r r r ^            p   key and value of a prompt token
 #     slot 1   p p p p r r r ^            r   of a response token
-#     slot 2   p p r r r r r r r ^        ^   `position`: the newest token was drawn, and the next
-#     slot 3   ^ . . . . . .                  decode step reads it and writes its key and value here
-#                                         .   left over from an earlier response
+#     slot 2   p p r r r r r r r ^        ^   `position`: the next decode step reads the newest
+#     slot 3   . . . . . .                    token, and writes its key and value here
+#                                         .   left over: this slot is idle
 #
 # Here G = 2 and `width` is 10. Slots 0 and 1 have the same prompt. Slot 2 answers another one, and
 # its partner in slot 3 has ended.
@@ -841,7 +843,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     length = torch.zeros(N, dtype=torch.long, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
 
-    # What each slot is doing.
+    # What each slot is doing. (Below, busy and idle hold numbers of slots, row those of responses.)
     IDLE = -1
     row_of = torch.full((slots,), IDLE, device=device)  # the response that it writes
     newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next
@@ -955,7 +957,10 @@ class SlotLayer(transformers.cache_utils.DynamicLayer):
 
 
 def prefill(lm, prompts, group_size, cache, into, slots, room):
-    """Read n prompts, each once, and copy its keys and values into G slots of `into`, (n * G,)."""
+    """Read n prompts, each once, and copy its keys and values into G slots.
+
+    into: (n * G,) the numbers of the slots, those of a prompt next to one another.
+    """
     # Padded on the right, and no mask: attention is causal, so no token sees the padding that
     # follows it, and decode steps write over the padding before a later token may look there.
     rows = [torch.tensor(prompt) for prompt in prompts]
@@ -1141,8 +1146,8 @@ def micro_batches(run, batch):
     lengths = batch.prompt_len + batch.response_len                             # (N,)
     pieces = micro_batch_rows(lengths, budget)
     # 5 pieces keep 3 processes busy for two rounds, but leave one of them idle in the second. 6
-    # smaller pieces take two rounds as well, and shorter ones. So shrink the pieces for as long as
-    # the number of rounds stays the same.
+    # smaller pieces take two rounds as well, and shorter ones. So cut smaller and smaller, and keep
+    # the last cut that takes no further round.
     rounds = math.ceil(len(pieces) / world.size)
     while world.size > 1 and budget > lengths.max():
         budget = int(0.9 * budget)
@@ -1397,7 +1402,8 @@ def addition_kinds(tokens):
 # split, "train", "eval" or "warmup", with worked solutions for the last, some of them wrong, and
 # enter it here. Then run it with all of --train-data NAME --eval-data NAME --warmup-data NAME. The
 # verifier compares values, so 012 is 12: if that does not suit, give the problems a check, (text,
-# answer) -> bool. The tiny model knows only the characters in `tiny_model`.
+# answer) -> bool. The tiny model knows only the characters in `tiny_model`, and its preset has 32
+# tokens for a prompt and 64 for a response.
 TASKS = {"addition": addition, "chatter": chatter, "words": word_problems}
 KINDS = {"addition": addition_kinds, "chatter": addition_kinds}     # for the table of part 8
 
@@ -1679,31 +1685,19 @@ def true_credit(run, batch, problems, budget, n=16):
     s is a prefix of a response, v one of the likely next tokens, and s with v a branch. The pi(v)
     of the likely tokens are scaled to add up to 1. V(s, v) is the share of n continuations of a
     branch that are right, drawn from the whole policy (top_p 1) at the temperature of evaluations.
-    The branch that was drawn and the s of the next decision have the same chance, but it is
-    estimated from different continuations. So the true advantages of a response add up only roughly
-    to its verdict minus V at its start. Responses are tried in order; one whose new branches exceed
-    what is left of `budget` stays nan.
+    After the token drawn at one decision nothing else is decided until the next, so V(s, o) here
+    and V(s) there are the same chance. But they are estimated from different continuations. So the
+    true advantages of a response add up only roughly to its verdict minus V at its start. Responses
+    whose branches do not fit into `budget` stay nan.
     """
-    # 1. Find the branches. Responses begin alike, and what several share is continued once.
-    decisions = {}                                      # {i: [Decision, ...]} of measured responses
-    branches = {}                                       # an ordered set: {Branch: None}
-    for i in range(len(batch.ids)):
-        # Rounding may differ between GPUs, so all processes take what the first finds.
-        found = run.world.gather(find_decisions(run, batch, i))[0]
-        together = dict(branches)
-        for decision in found:
-            together.update(dict.fromkeys(decision.pi))
-        if len(together) <= budget:
-            branches = together
-            decisions[i] = found
-
-    # 2. Continue them.
+    # Find the branches, and finish them many times.
+    decisions, branches = choose_decisions(run, batch, budget)
     value = branch_values(run, problems, branches, n)   # {Branch: V(s, v)}
     if run.stopped:
         return
 
-    # 3. Apply the formulas. V changes at decisions only. With decisions at t = 3 and 7, V is one
-    # value for tokens 0 to 3, another for 4 to 7, and from there on the verdict.
+    # Apply the formulas. V changes at decisions only. With decisions at t = 3 and 7, V is one value
+    # for tokens 0 to 3, another for 4 to 7, and from there on the verdict.
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -1721,6 +1715,28 @@ def true_credit(run, batch, problems, budget, n=16):
             batch.I[i, t] = I
             batch.true_advantage[i, t] = value[decision.drawn] - V
             start = t + 1
+
+
+def choose_decisions(run, batch, budget):
+    """Those of the responses to measure, and all their branches, at most `budget` of them.
+
+    -> {i: [Decision]}, [Branch]. Responses begin alike: a branch that several share counts once.
+    Each response in turn is taken if the branches that are new in it still fit.
+    """
+    decisions = {}
+    branches = {}                                       # an ordered set: {Branch: None}
+    for i in range(len(batch.ids)):
+        # Rounding may differ between GPUs, so all processes take what the first finds.
+        found = run.world.gather(find_decisions(run, batch, i))[0]
+        new = {}
+        for decision in found:
+            for branch in decision.pi:
+                if branch not in branches:
+                    new[branch] = None
+        if len(branches) + len(new) <= budget:
+            branches |= new
+            decisions[i] = found
+    return decisions, list(branches)
 
 
 @torch.no_grad()
@@ -1787,10 +1803,14 @@ def rest_of(run, problem, begun):
 def value_and_information(pi, values, n):
     """V(s), and I in nats, at a prefix s, from the pi(v) and the V(s, v) of its likely tokens v.
 
-    pi, values: one number per token; a value is a mean over n continuations. So both are estimates.
-    With n = 16 an I is off by about .02 where nothing is decided (it may be negative), and by about
-    .1 where much is. These errors average out over many tokens. A bias remains where a value is
-    near 0 or 1: I is up to .3 / n too high.
+    pi, values: one number per token; a value is the share of n continuations that are right. So V
+    and I are estimates. `doubt` takes out most of the bias of I; what is left is
+
+        noise   with n = 16, about .02 where nothing is decided (I may be negative), about .1 where
+                much is. It averages out over many tokens.
+        bias    if a chance is small but not 0, often none of n continuations is right. Then the
+                value is 0, and so are its doubt and its correction: the doubt after the token is
+                too low, and I too high, by at most .3 / n.
     """
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
     variance = values * (1 - values) / n                # of each value
@@ -1803,10 +1823,10 @@ def value_and_information(pi, values, n):
 def doubt(x, variance):
     """h(x) = -x log x - (1 - x) log(1 - x) nats, where x is an estimate with this variance.
 
-    h curves downwards. So an x that is now too high and now too low gives an h that is too low, on
-    average by variance / (2 x (1 - x)). We add that. Without it, I would be too high: V(s), which
-    rests on the continuations of all branches, varies less than a V(s, v), so the doubt before the
-    token would be lowered less than the doubt after it.
+    h is concave, so h of a noisy estimate is too low on average, by about variance / (2 x (1 - x)),
+    the second term of its Taylor series. We add that, because I is a difference: V(s) averages over
+    all branches, and is less noisy than each V(s, v). Uncorrected, the doubt before the token would
+    be a little too low, the doubt after it much too low, and I too high.
     """
     h = torch.special.entr(x) + torch.special.entr(1 - x)
     curvature = 1 / (x * (1 - x)).clamp(min=1e-9)       # -h''; at x = 0 or 1 the variance is 0
@@ -1817,10 +1837,8 @@ def inspect_problems(run, step, name, problems, batch):
     """Show a problem on the page; at both ends of the run, measure credit in a few -> metrics"""
     cfg = run.cfg
     k = cfg.eval_samples
-    # The first evaluation chooses the problems: most is decided where half of the tries are right.
     if not run.page:
-        run.page["set"] = name
-        run.page["problems"] = by_doubt(batch, k)[:max(1, cfg.credit_problems)]
+        run.page = new_page(name, batch, k, max(1, cfg.credit_problems))
     rows = [(batch.number == number).nonzero()[:, 0] for number in run.page["problems"]]
     few = batch.rows(torch.cat(rows))                   # the problem that is shown comes first
     few.advantage = torch.zeros(len(few.ids))           # of a single response, which has no group
@@ -1974,6 +1992,7 @@ SPELLED = {other: row.split()[0] for row in SPELLINGS for other in row.split()}
 IGNORED = ("", *r"""\left \right \big \Big \bigl \bigr \Bigl \Bigr \bf \mathbf \mathbb
     \quad \qquad \, \; \: \! \( \) \[ \] $ \$ ~ \angle \ """.split())
 
+# \infty, \emptyset and the like count as variables: they equal only themselves.
 VARIABLES = {*ascii_letters, *r"""\alpha \beta \gamma \delta \epsilon \theta \lambda \mu \rho \sigma
     \tau \phi \varphi \omega \Delta \Omega \infty \emptyset \triangle""".split()}
 UNITS = set("""cm mm km kg ft mph square cubic units inch inches foot feet yards miles meters pounds
@@ -2062,13 +2081,16 @@ def same_meaning(ours, gold):
     if ours in (gold, without_base):
         return ours != []
     try:
-        # The gold may be rounded, by up to 0.11%, our answer by up to 2e-6.
+        # The gold may be rounded, by up to 0.11%, as its author chose to. Ours only by 2e-6, or it
+        # might hide that the exact value was not found.
         slack = max(rounding_error(ours, 2e-6), rounding_error(gold, 1.1e-3))
         percents = [1, 100] if "%" in ours + gold else [1]              # 50% is 50 or 50/100
-        return any(values_agree(read_answer(ours, n), read_answer(gold, n), slack)
-                   for n in percents)
+        for percent in percents:
+            if values_agree(read_answer(ours, percent), read_answer(gold, percent), slack):
+                return True
     except UNREADABLE:
-        return False
+        pass
+    return False
 
 
 def without_names(ours, gold):
@@ -2083,9 +2105,10 @@ def without_names(ours, gold):
     gold_name, gold_value = split_name(gold)
     if our_name and gold_name and our_name != gold_name:
         return None
-    # Whole, if the gold is an equation without a name, or ours is one and the gold a formula.
-    gold_is_formula = any(map(is_variable, gold_value))
-    if "=" in gold_value or (gold_is_formula and "=" in our_value):
+    gold_is_equation = "=" in gold_value                # as split_name has left it: 2x+y = 6
+    ours_is_equation = "=" in our_value
+    gold_is_formula = any(map(is_variable, gold_value))         # y = 2x
+    if gold_is_equation or (gold_is_formula and ours_is_equation):
         return ours, gold
     return our_value, gold_value
 
@@ -2111,11 +2134,13 @@ def split_name(tokens):
         return [], tokens
     name = tokens[:tokens.index("=")]
     value = leave_out([*name, "="], tokens)             # in x = 1 or x = 2 it comes twice
-    comes_again = name != [] and is_variable(name[0]) and name[0] in value      # x = 5x
-    is_equation = "=" in value or comes_again
-    if value and is_name(name) and not is_equation:
-        return name, value
-    return [], tokens
+    if not is_name(name):                               # 2x = 6
+        return [], tokens
+    if value == [] or "=" in value:                     # x = y = 3
+        return [], tokens
+    if name and is_variable(name[0]) and name[0] in value:      # x = 5x
+        return [], tokens
+    return name, value
 
 
 def leave_out(part, tokens):
@@ -2155,15 +2180,18 @@ def is_symbol(tokens):
 
 
 def rounding_error(tokens, most):
-    """Half a unit in the last place of a decimal of three or more significant digits, relative to
-    it, but not more than `most`; 0 if there is none, or if it is a part of a sum or a list."""
-    # In sums, lists and relations a decimal is not taken as rounded. A + or - after ( { or ^ is a
-    # sign, and makes no sum.
+    """How far off an answer may be, relatively, because it holds a rounded decimal.
+
+    16.67 stands for all from 16.665 to 16.675: half a unit in 1667, 0.0003, but never more than
+    `most`. It is 0 unless there is exactly one decimal, of three or more significant digits (0.5
+    and 142.0 are exact), and in sums, lists and relations.
+    """
+    # A + or - after ( { or ^ is a sign, and makes no sum.
     for before, token in zip(tokens, tokens[1:]):
         if token in JOINS and before not in ("(", "{", "^"):
             return 0
     decimals = [token.partition("e")[0] for token in tokens if token[0] in DIGITS and "." in token]
-    if len(decimals) != 1 or decimals[0].endswith(".0"):        # 142.0 is not rounded
+    if len(decimals) != 1 or decimals[0].endswith(".0"):
         return 0
     units = int("0" + decimals[0].replace(".", ""))
     if units < 100:
@@ -2311,14 +2339,19 @@ def read_answer(tokens, percent):
 
 
 def read_expression(stack, floor=0):
-    """The value of operands and operators up to one that binds no tighter than `floor`. In 2+3*4+5,
-    floor is the strength of + after 2+: this reads 3*4 and stops at the second +."""
+    """The value of operands and operators up to one that binds no tighter than `floor`.
+
+    In 2+3*4+5 it is called with floor 0, and reads 2. As + has strength 6, it calls itself with
+    floor 6 for what follows. That reads 3, goes on with 4, as * has strength 7, and returns 12 at
+    the next +. The first adds 2 and 12, does the same for 5, and returns at the end, of strength 0.
+    """
     value = read_power(stack)
     while True:
         token = stack[-1]
         strength = STRENGTH.get(token, len(LEVELS))
-        # Two numbers side by side, 2 3, are not a product; nor is a number with a unit.
-        if strength <= floor or token[0] in DIGITS + '"':
+        if strength <= floor:
+            return value
+        if token[0] in DIGITS + '"':                    # 2 3 is no product, nor is 2 cm
             return value
         if strength < SUM:
             value = read_parts(stack, value)
@@ -2411,9 +2444,9 @@ def read_parts(stack, first):
 
 def equation(left, right):
     """An equation of two numbers as one, which is the same for 2x+4y = 6 and x+2y = 3."""
-    # left - right is twice as large in the first, at every point, and so is its change from one
-    # point to another. Divided by this change they are equal. Without variables there is none, and
-    # the division refuses 2 = 3.
+    # If an equation is multiplied by a number, so is left - right at every point, and its change
+    # from one point to another. So their ratio stays. Without variables there is no change, and the
+    # division refuses 2 = 3.
     difference = compute_number(sub, left, right)
     change = difference[0] - difference[1]
     return [value / change for value in difference]
@@ -2484,7 +2517,7 @@ def numbers_close(ours, gold, slack):
     error = abs(ours - gold)
     if type(ours) is type(gold) is Fraction:
         return error <= slack * abs(gold)
-    # Floats near 0 have lost their digits: by the strict <, 0 equals nothing.
+    # Floats near 0 have lost their digits. A gold of 0.0 allows no error, and < refuses even that.
     return error < max(slack, 1e-11) * abs(gold)
 
 
@@ -2628,10 +2661,10 @@ def read_data_set(source, split):
 # --------------------------------------------------------------------------------------------------
 # Appendix C. The machine: processes and GPUs, checkpoints, opening a run, errors in one line.
 #
-#                           weights and moments  matrix products in  samples from  log p, H from
-# a CPU, or tiny            whole, fp32          fp32                the policy    the sampler
-# the same, 2 processes +   parts, fp32 (FSDP2)  fp32                a fp32 copy   the sampler
-# GPUs, one process each    parts, fp32 (FSDP2)  bf16                a bf16 copy   the policy
+#                               the policy's weights    products in   what samples   old_logp, H of
+# one process on a CPU; tiny    whole, fp32             fp32          the policy     what samples
+# 2 or more such processes      cut up, fp32 (FSDP2)    fp32          an fp32 copy   what samples
+# GPUs, one process each        cut up, fp32 (FSDP2)    bf16          a bf16 copy    the policy
 #
 # FSDP2, fully sharded data parallelism: of every weight, gradient and moment each process keeps a
 # part. Before a layer computes, the processes send each other their parts of it, and drop what they
@@ -2755,7 +2788,8 @@ class World:
 # ---- The policy, cut over the processes, and the copy of it that samples. ------------------------
 
 def shard(policy, world, offload):
-    """Make the weights of the policy fp32 and cut them over the processes, layer by layer (FSDP2).
+    """Cut the policy over the processes, layer by layer (FSDP2), with fp32 weights. A single
+    process in fp32 only moves it to its device.
 
     A layer's full weights exist, in bf16 on GPUs, only while it computes. Embedding and head belong
     to no layer: they stay whole from the forward to the backward pass. On GPUs the activations of a
@@ -2870,8 +2904,8 @@ def load_checkpoint(run):
         optim_state_dict=state["optimizer"])
     run.stream.position = state["position"]
     run.done = state["step"]
-    # A checkpoint of step 0 has moments, too: AdamW had none, so `get_state_dict` made some by an
-    # empty step, and AdamW counted it. So begin with a new optimizer.
+    # AdamW has no moments before its first step, but `get_state_dict` wants some, and takes an
+    # empty step to make them, which AdamW counts. So at step 0 begin with a new optimizer.
     if run.done == 0:
         run.optimizer = new_optimizer(run, run.cfg.learning_rate, beta2=0.999)
 
@@ -3388,7 +3422,7 @@ def write_responses(run, step, name, problems, batch):
 #
 #     {"set": "MATH-500",             the evaluation set that is shown
 #      "problems": [17, 4],           those in which credit is measured; the first is shown
-#      "rows": [0, 3, 5, 6],          which responses to it
+#      "rows": [0, 3, 5, 6],          which responses to it, two right and two wrong if there are
 #      "sections": [[0, "<h2>.."],    their HTML at the first evaluation, that of step 0,
 #                   [10, "<h2>.."]],  and at the latest
 #      "pixels": 40.0}                height of the bars per nat
@@ -3406,6 +3440,19 @@ def shown(text):
     return html.escape(printable(text))
 
 
+def new_page(name, batch, k, count):
+    """What the first evaluation chooses, and later ones keep: a new run.page."""
+    # Most is decided in problems of which half of the tries are right.
+    problems = by_doubt(batch, k)[:count]
+    group = batch.rows(batch.number == problems[0])
+    right = group.right.nonzero()[:, 0].tolist()
+    wrong = (~group.right).nonzero()[:, 0].tolist()
+    # The tallest bar of H fills the room above the tokens, unless it is below .7, a coin toss.
+    pixels = BAR_ROOM / max(0.7, float(group.H.max()))
+    return {"set": name, "problems": problems, "rows": right[:2] + wrong[:2], "sections": [],
+            "pixels": pixels}
+
+
 def show_responses(run, step, problem, group):
     """Make a section of the page, up to four responses to a problem, and keep it in run.page.
 
@@ -3414,12 +3461,6 @@ def show_responses(run, step, problem, group):
     cfg = run.cfg
     G = len(group.ids)
     A = group.advantage                                                         # (G,)
-    if "rows" not in run.page:          # two right and two wrong ones, if there are; later the same
-        right = group.right.nonzero()[:, 0].tolist()
-        wrong = (~group.right).nonzero()[:, 0].tolist()
-        run.page["rows"] = right[:2] + wrong[:2]
-        # The tallest bar of H fills the room above the tokens, unless it is below .7, a coin toss.
-        run.page["pixels"] = BAR_ROOM / max(0.7, float(group.H.max()))
     mu, _ = entropy_mean_and_std(group.H, group.mask, G)
     fork = group.mask & (group.H >= mu)                                         # (G, T)
     eapo = entropy_aware_advantages(A, group.H, group.mask, G, cfg.alpha, cfg.phi)
@@ -3438,7 +3479,7 @@ def show_responses(run, step, problem, group):
             section += token_html(run.tokenizer.decode([token]), fork[i, t], numbers)
         section += "</pre>"
     # Keep the first evaluation and this one. (A resumed run may do that of step 0 again.)
-    first = run.page.get("sections", [])[:1] if step > 0 else []
+    first = run.page["sections"][:1] if step > 0 else []
     run.page["sections"] = [*first, [step, section]]
 
 
@@ -3475,14 +3516,17 @@ def token_html(text, fork, numbers):
 
 def write_page(run):
     """Write report.html, if there was an evaluation, and keep run.page in a file."""
-    if run.world.rank > 0 or not run.page.get("sections"):
-        return
-    cfg = run.cfg
-    name = run.page["set"]
-    avg = f"Avg@{cfg.eval_samples}"
+    name = run.page.get("set")
     evaluated = [row for row in run.history if f"eval/{name}/entropy" in row]
-    if not evaluated:
-        return
+    if run.world.rank == 0 and evaluated:
+        replace_file(f"{run.out}/.page.json", json.dumps(run.page))     # for --resume
+        replace_file(f"{run.out}/report.html", page_html(run, name, evaluated))
+
+
+def page_html(run, name, evaluated):
+    """report.html, from the rows of history in which the set that it shows was evaluated."""
+    cfg = run.cfg
+    avg = f"Avg@{cfg.eval_samples}"
 
     def column(key):
         return [row[f"eval/{name}/{key}"] for row in evaluated]
@@ -3493,14 +3537,14 @@ def write_page(run):
     H = column("entropy")
     buttons = ""
     sections = ""
+    # There may be one section so far.
     for which, (step, section) in zip(("base", "latest"), run.page["sections"]):
         checked = "checked" if which == "base" else ""
         radio = f'<input type="radio" name="at" id="{which}" {checked}>'
         buttons += f"<label>{radio}step {step}</label>\n"
         sections += f'<section class="{which}">{section}</section>\n'
 
-    replace_file(f"{run.out}/.page.json", json.dumps(run.page))         # for --resume
-    replace_file(f"{run.out}/report.html", f"""{PAGE_HEAD}
+    return f"""{PAGE_HEAD}
 <p>{cfg.method.upper()}, step {run.history[-1]["step"]} of {cfg.steps}. {shown(outcome(run, name))}.
 <br><code>{shown(command(cfg))}</code></p>
 <fieldset><legend>Responses at</legend>
@@ -3510,7 +3554,7 @@ def write_page(run):
 <div>{sections}{PAGE_CAVEAT}</div>
 <aside>{curve(f"{avg} on {name}, with its 95% interval", steps, low, score, high)}
 {curve(f"Entropy on {name}, nats", steps, H, H, H)}</aside>
-</main>""")
+</main>"""
 
 
 EVAL_FLAGS = ("model", "eval_data", "eval_samples", "eval_temperature", "eval_top_p",

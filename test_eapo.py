@@ -2289,6 +2289,7 @@ def test_the_problems_with_the_most_doubt_are_chosen_once(monkeypatch):
     run = types.SimpleNamespace(cfg=cfg, page={}, stopped=False)
     batch = eapo.make_batch([[5]] * 16, [[6]] * 16)
     batch.number = torch.arange(4).repeat_interleave(4)
+    batch.H = torch.ones(16, 1)
     right = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
     for step, verdicts in ((0, right), (5, right.flip(0)), (9, right * 0)):
         batch.right = verdicts.flatten() > 0
@@ -2298,6 +2299,8 @@ def test_the_problems_with_the_most_doubt_are_chosen_once(monkeypatch):
     assert shown[0] == shown[3] == [2] * 4 + [1] * 4        # the first is measured first
     assert shown[1][:2] == shown[4][:2] == ("c", [2] * 4) and shown[4][2] == [0] * 4
     assert shown[1][2] == pytest.approx([.866, .866, -.866, -.866], abs=1e-3)
+    assert run.page == {"set": "e", "problems": [2, 1], "rows": [0, 1, 2, 3], "sections": [],
+                        "pixels": 44}
 
 
 def test_a_single_try_at_a_problem_has_no_advantage(monkeypatch):
@@ -2308,6 +2311,7 @@ def test_a_single_try_at_a_problem_has_no_advantage(monkeypatch):
     run = a_run(None, "--eval-samples", 1, "--credit-problems", 0)
     batch = make_batch([[5]] * 2, [[6]] * 2)
     batch.number = torch.arange(2)
+    batch.H = torch.ones(2, 1)
     batch.right = torch.tensor([True, False])
     batch.reward = torch.tensor([1., -1])
     eapo.inspect_problems(run, 0, "x", ["a", "b"], batch)
@@ -2422,7 +2426,6 @@ def a_page(tmp_path, text, *flags, step=0, measured=2, times=1):
     tokenizer = types.SimpleNamespace(decode=lambda ids: text)
     run = eapo.Run(cfg, eapo.World(cfg), str(tmp_path), lm, tokenizer, [1], lm)
     run.eval_sets = {text: []}
-    run.page["set"] = text
     torch.manual_seed(0)
     group = eapo.make_batch([[5]] * 4, [[5, 6, 7], [5, 1], [8, 1], [9, 9, 1]])
     group.H = torch.rand(4, 3) * group.mask
@@ -2432,6 +2435,8 @@ def a_page(tmp_path, text, *flags, step=0, measured=2, times=1):
     group.advantage = eapo.group_advantages(group.reward, 4)
     group.V = group.I = torch.full((4, 3), torch.nan)
     group.I[:measured] = group.V[:measured] = .1 * group.mask[:measured]
+    group.number = torch.zeros(4)
+    run.page = eapo.new_page(text, group, 4, 1)
     for _ in range(times):
         eapo.show_responses(run, step, eapo.Problem(text, text), group)
     scores = {"avg_low": .1, f"avg@{cfg.eval_samples}": .2, "avg_high": .3, "entropy": .4}
