@@ -1338,13 +1338,15 @@ def test_a_chat_template_that_raises_or_leaves_the_problem_out_ends_the_run(temp
         eapo.check_template(run, problems[0])
 
 
-@pytest.mark.parametrize("end, warned", [("<eos>", False), ("<pad>", True), ("", False)])
+@pytest.mark.parametrize("end, warned", [
+    ("<eos>", False), ("<pad>", True), ("", False), (" <eos>", False), (" ", False)])
 def test_a_turn_that_ends_with_no_stop_token_is_told(capsys, end, warned):
     """As in Qwen2.5-Math, whose template ends turns with <|im_end|> and whose stop token is not."""
     run = a_run()
     run.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + end + "{% endfor %}"
     eapo.check_template(run, Problem("1+1="))
-    assert (f"ends a turn with '{end}'" in capsys.readouterr().out) == warned
+    said = capsys.readouterr().out
+    assert ("ends a turn with" in said) == (f"ends a turn with '{end}'" in said) == warned
 
 
 def load_file(path, split):
@@ -2382,6 +2384,16 @@ def test_the_table_of_credit_holds_shares_and_nats_per_response(monkeypatch, cap
     assert lines[7].split() == ["all", "100.0%", "100.0%", "100.0%", "0.500"]
 
 
+def test_a_kind_without_entropy_has_no_ratio_of_infinity(monkeypatch):
+    """Where the policy was certain of all its tokens, I / H is 0 / 0: it is printed as 0."""
+    run = a_run()
+    one, = run.tokenizer.convert_tokens_to_ids(["1"])
+    batch = make_batch([[5]], [[one]])
+    batch.H = batch.I = torch.zeros(1, 1)
+    metrics = eapo.credit_by_kind(run, "x", batch)
+    assert float(metrics["credit/all/I/H"]) == 0
+
+
 def test_every_token_of_an_addition_has_a_kind():
     """o: which digit comes first, c: carry or not, l: chatter, the rest is routine."""
     def kinds(tokens):
@@ -2989,7 +3001,7 @@ def test_the_trained_model_is_an_ordinary_folder_that_trains_on(
     assert run.out == str(tmp_path / "run")
 
 
-def test_a_folder_that_holds_anything_is_not_written_over(undisturbed, tmp_path):
+def test_a_folder_that_holds_anything_is_not_written_over(undisturbed, tmp_path, monkeypatch):
     """Nor one in the folder of the model, and of two runs that start at once only one gets it."""
     before = (undisturbed / "config.json").read_text()
     (tmp_path / "notes.txt").write_text("mine")
@@ -2998,6 +3010,11 @@ def test_a_folder_that_holds_anything_is_not_written_over(undisturbed, tmp_path)
         with pytest.raises(SystemExit, match="is not empty: choose another, or --resume it"):
             eapo.folder_of(cfg, eapo.World(cfg))
     assert (undisturbed / "config.json").read_text() == before
+    (tmp_path / "link").symlink_to(tmp_path)
+    cfg = parse(["--model", tmp_path, "--out", "link/run"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="lies in the folder of --model"):
+        eapo.folder_of(cfg, eapo.World(cfg))
     cfg = parse(["--model", tmp_path, "--out", tmp_path / "run"])
     with pytest.raises(SystemExit, match="lies in the folder of --model"):
         eapo.folder_of(cfg, eapo.World(cfg))
