@@ -29,7 +29,8 @@ M counts tokens taken from several rows. Part 8 adds I and the true advantage.
     A      advantage of a response: how much better it was than its group, (1)               (N,)
     A^CA   credit of a token, (7)                                                            (N, T)
     pi_old the policy as it was when the step began. It samples the responses, with --top-p
-           below 1 from its likeliest tokens only; log-probabilities and H are of all tokens
+           below 1 from its likeliest tokens only (on GPUs, a bf16 copy of it does);
+           log-probabilities and H are its own, over the whole vocabulary
     H      entropy of pi_old just before each token was drawn, in nats                       (N, T)
     mu_H, sigma_H   mean and standard deviation of H over all response tokens of a group     (N, 1)
     rho    pi_theta / pi_old: how much likelier a token has become since it was sampled      (N, T)
@@ -111,7 +112,8 @@ class Config:
     seed: int = flag(0, "seed of tiny's weights, of the order of problems, of sampling")
     resume: str = flag("", "folder of a run to continue; use only folders that you trust, as "
                            "reading a checkpoint can run code in it (pickle)")
-    save_every: int = flag(20, "steps between checkpoints; 0: only when the run is stopped")
+    save_every: int = flag(20, "steps between checkpoints, besides one after the last; 0: "
+                              "only when the run is stopped")
 
     warmup_data: str = flag("", "worked solutions to imitate: a task, or a file or a data set with "
                                 "columns problem and solution",
@@ -729,9 +731,10 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
 def rescore(run, batch, rows, temperature, replace):
     """Set the `gap` of these rows, between sampler and policy; replace their old_logp and H.
 
-    rho needs log-probabilities of pi_theta and pi_old that differ by nothing but the update. A bf16
-    copy with a KV cache rounds differently from the policy, which also multiplies in bf16, but
-    without a cache: so the policy's own take their place. In fp32 the two should agree.
+    rho needs log-probabilities of pi_theta and pi_old that differ by nothing but the update. On
+    GPUs both sampler and policy multiply in bf16, but the sampler reads its keys and values from a
+    cache, and rounds differently. So the policy scores the responses again, and its numbers are
+    kept. In fp32 the two should agree.
     """
     logp, H = score(run.policy, run.world, batch.rows(rows), temperature)       # (rows, width)
     width = logp.shape[1]
@@ -888,8 +891,9 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
         length[row] = t + 1
 
         newest[busy] = token
-        finished = ended[row] | (length[row] == limit[row])
-        row_of[busy[finished]] = IDLE
+        finished = ended[row] | (length[row] == limit[row])                     # (busy,) bool
+        done = busy[finished]                           # slots
+        row_of[done] = IDLE
         if keep_on and not keep_on(len(busy)):
             break
 
@@ -957,7 +961,7 @@ class SlotLayer(transformers.cache_utils.DynamicLayer):
 
 
 def prefill(lm, prompts, group_size, cache, into, slots, room):
-    """Read n prompts, each once, and copy its keys and values into G slots.
+    """Read n prompts, each once, and copy the keys and values of each into G slots.
 
     into: (n * G,) the numbers of the slots, those of a prompt next to one another.
     """
@@ -1399,11 +1403,12 @@ def addition_kinds(tokens):
 
 
 # The built-in tasks. To add one, write a function like `addition`, which makes the problems of a
-# split, "train", "eval" or "warmup", with worked solutions for the last, some of them wrong, and
-# enter it here. Then run it with all of --train-data NAME --eval-data NAME --warmup-data NAME. The
-# verifier compares values, so 012 is 12: if that does not suit, give the problems a check, (text,
-# answer) -> bool. The tiny model knows only the characters in `tiny_model`, and its preset has 32
-# tokens for a prompt and 64 for a response.
+# split, "train", "eval" or "warmup", and enter it here. Those of the last need worked solutions,
+# which end with a \boxed{answer}; some must be wrong, or RL would have nothing to teach. Then run
+# it with all of --train-data NAME --eval-data NAME --warmup-data NAME. The verifier compares
+# values, so 012 is 12: if that does not suit, give the problems a check, (text, answer) -> bool.
+# The tiny model knows only the characters in `tiny_model`, and its preset has 32 tokens for a
+# prompt and 64 for a response.
 TASKS = {"addition": addition, "chatter": chatter, "words": word_problems}
 KINDS = {"addition": addition_kinds, "chatter": addition_kinds}     # for the table of part 8
 
@@ -1494,7 +1499,7 @@ class Stream:
 # --------------------------------------------------------------------------------------------------
 
 def evaluate(run, step):
-    """Sample and mark the problems of every evaluation set -> {"eval/NAME/avg@k": ..., ...}.
+    """Sample and mark the problems of every evaluation set -> metrics, such as eval/NAME/avg@k.
 
     The random numbers are the same every time, so two evaluations differ by the model alone, up to
     rounding. Every response goes into responses.jsonl. Returns {} if a signal cuts it short.
@@ -1685,10 +1690,10 @@ def true_credit(run, batch, problems, budget, n=16):
     s is a prefix of a response, v one of the likely next tokens, and s with v a branch. The pi(v)
     of the likely tokens are scaled to add up to 1. V(s, v) is the share of n continuations of a
     branch that are right, drawn from the whole policy (top_p 1) at the temperature of evaluations.
-    After the token drawn at one decision nothing else is decided until the next, so V(s, o) here
-    and V(s) there are the same chance. But they are estimated from different continuations. So the
-    true advantages of a response add up only roughly to its verdict minus V at its start. Responses
-    whose branches do not fit into `budget` stay nan.
+    V just after one decision and V just before the next are the same chance, as nothing likely
+    happens between them. It is estimated twice, from different continuations. So the true
+    advantages of a response add up only roughly to its verdict minus its first V. Responses whose
+    branches do not fit into `budget` stay nan.
     """
     # Find the branches, and finish them many times.
     decisions, branches = choose_decisions(run, batch, budget)
@@ -1808,9 +1813,9 @@ def value_and_information(pi, values, n):
 
         noise   with n = 16, about .02 where nothing is decided (I may be negative), about .1 where
                 much is. It averages out over many tokens.
-        bias    if a chance is small but not 0, often none of n continuations is right. Then the
-                value is 0, and so are its doubt and its correction: the doubt after the token is
-                too low, and I too high, by at most .3 / n.
+        bias    a branch with a small chance of a right answer often has 0 of n right. Then it looks
+                as if nothing were in doubt after it, and nothing is added. So I is too high there,
+                by up to about .3 / n.
     """
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
     variance = values * (1 - values) / n                # of each value
@@ -1823,10 +1828,11 @@ def value_and_information(pi, values, n):
 def doubt(x, variance):
     """h(x) = -x log x - (1 - x) log(1 - x) nats, where x is an estimate with this variance.
 
-    h is concave, so h of a noisy estimate is too low on average, by about variance / (2 x (1 - x)),
-    the second term of its Taylor series. We add that, because I is a difference: V(s) averages over
-    all branches, and is less noisy than each V(s, v). Uncorrected, the doubt before the token would
-    be a little too low, the doubt after it much too low, and I too high.
+    h is concave: if x comes out now too high, now too low, h(x) is too low on average, by about
+    variance / (2 x (1 - x)). We add that. For a share of n continuations other than 0 and 1 it is
+    1 / (2 n), or .031 at n = 16. V(s) averages over the branches, so its variance is smaller, and
+    what is added, too. In the example the doubt before is .639 + .007, that after .365 + .031, and
+    I is .25.
     """
     h = torch.special.entr(x) + torch.special.entr(1 - x)
     curvature = 1 / (x * (1 - x)).clamp(min=1e-9)       # -h''; at x = 0 or 1 the variance is 0
@@ -2010,10 +2016,11 @@ ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 BRACKETS = {"(": ")]", "[": ")]", "{": "}", r"\{": "}", r"\begin": [r"\end"]}  # what closes them
 DIGITS = digits + "."   # what a number starts with
 END = "end"             # of the answer
-UNREADABLE = (ArithmeticError, ValueError, TypeError, RecursionError)   # TypeError: a set in a sum
+UNREADABLE = (ArithmeticError, ValueError, TypeError, RecursionError)
 
 # How tightly symbols bind: STRENGTH is the number of their level. The argument of a function goes
-# on over factors, and ends before + - * / and before another function.
+# on over factors, and ends before + - * / and before another function: \sin 2x y is \sin(2xy), and
+# \sin x \cos y a product.
 LEVELS = [
     r"end % ) ] } \end",            # 0: these close an expression
     r"\\",                          # 1: rows of a matrix
@@ -2063,9 +2070,9 @@ def same_answer(prediction, gold):
     """Whether two answers in LaTeX are equal in some reading: 1,234 is a list or a number."""
     if max(len(prediction), len(gold)) > LONGEST_ANSWER:
         return False
-    commas = [",", "`"] if "," in prediction + gold else [","]
-    for comma in commas:
-        if same_meaning(scan(prediction, comma), scan(gold, comma)):
+    readings = [False, True] if "," in prediction + gold else [False]
+    for thousands in readings:
+        if same_meaning(scan(prediction, thousands), scan(gold, thousands)):
             return True
     return False
 
@@ -2115,7 +2122,7 @@ def without_names(ours, gold):
 
 def answer_in_words(text):
     """How the verifier reads an answer, for the check before training; None if it cannot."""
-    _, tokens = split_name(scan(extract_answer(text) or text, ","))
+    _, tokens = split_name(scan(extract_answer(text) or text, thousands=False))
     if tokens and all(token.startswith('"') for token in tokens):
         return "words"
     try:
@@ -2183,10 +2190,11 @@ def rounding_error(tokens, most):
     """How far off an answer may be, relatively, because it holds a rounded decimal.
 
     16.67 stands for all from 16.665 to 16.675: half a unit in 1667, 0.0003, but never more than
-    `most`. It is 0 unless there is exactly one decimal, of three or more significant digits (0.5
-    and 142.0 are exact), and in sums, lists and relations.
+    `most`. Only an answer with a single decimal, of three or more significant digits, counts as
+    rounded (so not 0.5, nor 142.0, which some data sets write for 142). For all others, and for
+    sums, lists and relations, it is 0.
     """
-    # A + or - after ( { or ^ is a sign, and makes no sum.
+    # A + or - after ( { or ^ is taken for a sign, which makes no sum.
     for before, token in zip(tokens, tokens[1:]):
         if token in JOINS and before not in ("(", "{", "^"):
             return 0
@@ -2199,16 +2207,19 @@ def rounding_error(tokens, most):
     return min(0.5 / units, most)
 
 
-def scan(text, comma, is_prose=False):
+def scan(text, thousands, is_prose=False):
     r"""The tokens of LaTeX: \frac, 12, x_1, +. Here xy is x times y; but in prose, like \text{} or
-    no solution, a run of letters is a word. The token of a word begins with a quote."""
+    no solution, a run of letters is a word. The token of a word begins with a quote.
+
+    thousands: whether commas may separate them.
+    """
     for other, spelling in CHARACTERS.items():
         text = text.replace(other, spelling)
     text = text.strip("$ \n").removesuffix(".")
     is_prose = is_prose or looks_like_prose(text)
     # Points, intervals and sets hold no commas for thousands.
-    if not any(bracket in text for bracket in ("(", "[", r"\{")):
-        text = text.replace(",", comma)
+    if thousands and not any(bracket in text for bracket in ("(", "[", r"\{")):
+        text = text.replace(",", "`")
     letters = ascii_letters + "/" if is_prose else ascii_letters        # km/h
     tokens = []
     while text:
@@ -2221,10 +2232,11 @@ def scan(text, comma, is_prose=False):
             new = [number]
         elif token == r"\text":                         # \text{ cm}
             content, rest = split_argument(rest)
-            new = scan(content, comma, is_prose=True)
-        elif tokens and (token == "_" or (token == "^" and tokens[-1].startswith('"'))):
-            index, rest = split_argument(rest)          # joins the token before: x_1, or "cm^2
-            new = [tokens.pop() + token + "".join(index.split())]
+            new = scan(content, thousands, is_prose=True)
+        elif continues_token(token, tokens):            # x_1, or "cm^2
+            index, rest = split_argument(rest)
+            tokens[-1] += token + "".join(index.split())
+            new = []
         elif token.strip() in IGNORED:                  # \left
             new = []
         elif token[0] not in ascii_letters:             # +, \frac, °
@@ -2236,6 +2248,13 @@ def scan(text, comma, is_prose=False):
         tokens += new
         text = rest
     return tokens
+
+
+def continues_token(token, tokens):
+    """Whether _ or ^ continues the last of these tokens: an index does, and the power of a word."""
+    if tokens == []:
+        return False
+    return token == "_" or (token == "^" and tokens[-1].startswith('"'))
 
 
 def looks_like_prose(text):
@@ -2280,11 +2299,13 @@ def split_number(text):
     in_threes = groups != [] and all(len(group) == 3 for group in groups)
     if in_threes and len(first) < 4 and first[0] != "0":
         number = number.replace("`", "", len(groups))
-    exponent = run_in_front(rest[1:], digits + "+-")
+    sign = rest[1:2] if rest[1:2] in ("+", "-") else ""
+    exponent = run_in_front(rest[1 + len(sign):], digits)
     # 3e-5 is e times 3, minus 5, while 3e5, 3.0e-5, 3e-05 and 3e-12 are numbers.
-    is_float = "." in number or exponent.isdecimal() or len(exponent) > 2
-    if rest.startswith("e") and is_float and 0 < len(exponent) < 5:
-        return number + "e" + exponent, rest[1 + len(exponent):]
+    is_float = "." in number or sign == "" or len(exponent) > 1
+    if rest.startswith("e") and is_float and 0 < len(exponent) < 4:
+        end = 1 + len(sign) + len(exponent)
+        return number + rest[:end], rest[end:]
     return number, rest
 
 
@@ -2445,8 +2466,8 @@ def read_parts(stack, first):
 def equation(left, right):
     """An equation of two numbers as one, which is the same for 2x+4y = 6 and x+2y = 3."""
     # If an equation is multiplied by a number, so is left - right at every point, and its change
-    # from one point to another. So their ratio stays. Without variables there is no change, and the
-    # division refuses 2 = 3.
+    # from one point to another. The ratio of the two stays. Without variables there is no change,
+    # and the division refuses 2 = 3.
     difference = compute_number(sub, left, right)
     change = difference[0] - difference[1]
     return [value / change for value in difference]
@@ -2468,8 +2489,10 @@ def is_constant(number):
 
 
 def compute_number(operation, *numbers):
-    """The operation at each point. Refused are results that may have too many digits, and constants
-    in which a variable has cancelled."""
+    """The operation at each point. Refused are sets and the like, results that may have too many
+    digits, and constants in which a variable has cancelled."""
+    if not all(isinstance(number, list) for number in numbers):
+        raise ValueError("a calculation with a set, a point or a word")
     bits = max(bit_length(value) for number in numbers for value in number)
     if operation is pow:
         base, exponent = numbers
@@ -3311,8 +3334,9 @@ REMEDIES = {        # a part of what a library's error says, and what to do then
 
 # --------------------------------------------------------------------------------------------------
 # Appendix D. What a run shows: on the screen, in responses.jsonl, and on a page, report.html. It
-# also leaves config.json, metrics.jsonl (`measure`, `eval_metrics`, `credit_by_kind`), model/ and,
-# if it is stopped or --save-every says so, checkpoint/.
+# also leaves config.json, metrics.jsonl (`measure`, `eval_metrics`, and for --credit-problems
+# `credit_by_kind` and `credit_by_rule`), model/ and, if it is stopped or --save-every says so,
+# checkpoint/.
 # --------------------------------------------------------------------------------------------------
 
 def explain_scores(run):

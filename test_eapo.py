@@ -1728,7 +1728,8 @@ EQUAL = pairs(r"""
     \sqrt[3]{8} ~ 2 ;; \arctan 1 ~ \frac{\pi}{4} ;; \tan x ~ \frac{\sin x}{\cos x}
     \sin x \cdot \cos x ~ \cos x \sin x ;; \tan(\frac{\pi}4) ~ 1 ;; 2x+4y=6 ~ x+2y=3
     q=2, p=5 ~ p=5, q=2 ;; 1/2x ~ \frac x2 ;; 4.4 \times 10^{-3} ~ 0.0044
-    x \ge 3 \text{ or } x \le -2 ~ x \leq -2, x \geq 3 ;; -2^2 ~ -4 ;; 5 \text{ m} ~ 5 ;; 5 cm ~ 5 ;; 3 inch ~ 3 ;; 3 feet ~ 3 ;; 1 foot ~ 1
+    x \ge 3 \text{ or } x \le -2 ~ x \leq -2, x \geq 3 ;; -2^2 ~ -4 ;; 5 \text{ m} ~ 5 ;; 5 cm ~ 5
+    3 inch ~ 3 ;; x+2e-1 ~ 2e-1+x ;; -x+1.5e ~ 1.5e-x ;; 3 feet ~ 3 ;; 1 foot ~ 1
     1{,}234.5 ~ 1234.5 ;; y-2x = 1 ~ y=2x+1 ;; x \in [0,1), y=2 ~ y=2, x \in [0,1)
     2,\!000 ~ 2000 ;; \text{13} ~ 13 ;; 1,2 ~ (1,2) ;; -x+y ~ y-x ;; 1,234,567 ~ 1234567
     \frac{20,000}{3} ~ \frac{20000}3 ;; a_1 + b ~ b + a_1 ;; 2^{3^2} ~ 512 ;; \sqrt2\sqrt3 ~ \sqrt6
@@ -1782,6 +1783,11 @@ UNEQUAL = pairs(r"""
     \frac12\frac34 ~ \frac{1}{2.75} ;; two circles ~ two lines ;; 3.14 - 1000 ~ 3.141 - 1000
     \begin{vmatrix}1&2\\3&4\end{vmatrix} ~ \begin{pmatrix}1&2\\3&4\end{pmatrix} ;; 2x=6 ~ x=3
     1\% + 1 ~ 2 ;; 100 + 28\% ~ 128 ;; (5,6]\% ~ (5,6] ;; x + y + z = 0x ~ x + y + z = 0""")
+
+
+def test_a_calculation_with_a_set_or_a_word_is_not_read():
+    for text in ("(1,2)+(3,4)", "[0,1)-[2,3)", r"\text{apples}+\text{pears}", r"2\{1,2\}"):
+        assert eapo.answer_in_words(text) is None
 
 
 def test_a_variable_differs_at_all_points():
