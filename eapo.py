@@ -12,14 +12,14 @@ H. Tokens drawn where it was unsure get a little more credit or blame, the other
     score_t = clip((H_t - mu_H) / sigma_H, -|A|/phi, +|A|/phi)     one number per token         (6)
     A^CA_t  = A + alpha sign(A) score_t                            takes the place of A in (2)  (7)
 
-(1) and (2) are GRPO, with the clips of DAPO and `policy_loss`; (6) and (7) make it EAPO. Equation
-numbers are the paper's, except for (1), which it does not number; (3) to (5) are not needed here,
-and (8) and (9) are in part 7. In the code the mean of (2) is a sum with weights that add up to 1,
-see `token_weights` and `train`.
+(1) and (2) are GRPO, with DAPO's asymmetric clip and PPO's dual clip, both in `policy_loss`; (6)
+and (7) make it EAPO. Equation numbers are the paper's, except for (1), which it does not number;
+(3) to (5) are not needed here, and (8) and (9) are in part 7. In the code the mean of (2) is a sum
+with weights that add up to 1, see `token_weights` and `train`.
 
-The letters, here and in the code. In the shapes of `train`, n is the rows of a mini-batch and m of
-a micro-batch; elsewhere N is the rows of whatever batch a function gets, and n counts other things.
-M counts tokens taken from several rows. Part 8 adds I and the true advantage.
+The letters, here and in the code. N is the rows of the batch at hand; in `train`, n and m are those
+of a mini-batch and a micro-batch. M counts tokens taken from several rows. Part 8 adds I and the
+true advantage.
 
     B prompts x G responses = N rows; the G responses to one prompt, a group, are neighbouring rows
     L      tokens of the longest row, prompt and response (in (2), the loss)
@@ -714,10 +714,13 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
     run.stopped = any(world.gather(world.signalled))
     if run.stopped:
         return None
+    # On GPUs a bf16 copy has sampled: replace its old_logp and H by the policy's. (Continuations of
+    # part 8 need neither.) Elsewhere they are kept; only in training the longest response is
+    # scored, to measure the gap where it would show first.
     by_length = batch.response_len.argsort(descending=True, stable=True)
-    if world.bf16 and name != "credit":                 # continuations of part 8 need no H
+    if world.bf16 and name != "credit":
         rescore(run, batch, by_length, temperature, replace=True)
-    elif name == "train":                               # the longest, where a gap would show first
+    elif name == "train":
         rescore(run, batch, by_length[:1], temperature, replace=False)
     world.begin("other")
 
@@ -846,7 +849,7 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
     length = torch.zeros(N, dtype=torch.long, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
 
-    # What each slot is doing. (Below, busy and idle hold numbers of slots, row those of responses.)
+    # What each slot is doing.
     IDLE = -1
     row_of = torch.full((slots,), IDLE, device=device)  # the response that it writes
     newest = torch.zeros(slots, dtype=torch.long, device=device)    # the token to read next
@@ -877,12 +880,13 @@ def generate(lm, prompts, group_size, limits, temperature, top_p, stop_ids, seed
             cache.batch_select_indices(busy)
             busy = torch.arange(len(busy), device=device)
 
-        # Decode: one more token in every busy slot. (The model computes the idle ones, too, as if
-        # they had a token at position 0.)
-        row = row_of[busy]                              # (busy,) the responses being written
-        t = length[row]                                 # (busy,) how many tokens they have
-        position = torch.zeros_like(row_of)             # (slots,) where `newest` belongs
-        position[busy] = prompt_end[row] + t
+        # Decode: one more token in every busy slot. Slot busy[j] writes response row[j], which has
+        # t[j] tokens so far. row_of, newest and position have a place for each slot; tokens, logp,
+        # H and so on one for each response; row, t, token and finished one for each j.
+        row = row_of[busy]
+        t = length[row]
+        position = torch.zeros_like(row_of)             # 0 in idle slots, which are computed, too
+        position[busy] = prompt_end[row] + t            # where `newest` belongs
         logits = decode(lm, newest, position, cache)[busy]                      # (busy, V)
         token = draw(logits, u[row, t], temperature, top_p)                     # (busy,)
         tokens[row, t] = token
@@ -1230,7 +1234,8 @@ def warm_up(run):
 
 
 def solution_batch(run, problems):
-    """The prompts of problems, each followed by its worked solution and the stop token: a Batch."""
+    """The prompts of problems, each followed by its worked solution and the stop token: a Batch. A
+    solution beyond --max-response-tokens is cut."""
     worked = [str(problem.solution) for problem in problems]
     rows = run.tokenizer(worked, add_special_tokens=False).input_ids
     solutions = [(ids + run.stop_ids[:1])[:run.cfg.max_response_tokens] for ids in rows]
@@ -2273,7 +2278,7 @@ def is_unit(word):
 
 
 def is_word(piece):
-    """Whether letters in prose are a word or, alone, a unit."""
+    """Whether letters in prose are a word: two or more of them, or one that is a unit (m, g)."""
     return len(piece) > 1 or piece in TEXT_UNITS
 
 
@@ -2540,7 +2545,7 @@ def numbers_close(ours, gold, slack):
     error = abs(ours - gold)
     if type(ours) is type(gold) is Fraction:
         return error <= slack * abs(gold)
-    # Floats near 0 have lost their digits. A gold of 0.0 allows no error, and < refuses even that.
+    # Floats near 0 have lost their digits. So where one is a float, a gold of 0 is never matched.
     return error < max(slack, 1e-11) * abs(gold)
 
 
@@ -2684,10 +2689,10 @@ def read_data_set(source, split):
 # --------------------------------------------------------------------------------------------------
 # Appendix C. The machine: processes and GPUs, checkpoints, opening a run, errors in one line.
 #
-#                               the policy's weights    products in   what samples   old_logp, H of
-# one process on a CPU; tiny    whole, fp32             fp32          the policy     what samples
-# 2 or more such processes      cut up, fp32 (FSDP2)    fp32          an fp32 copy   what samples
-# GPUs, one process each        cut up, fp32 (FSDP2)    bf16          a bf16 copy    the policy
+#                               policy's weights       products in   what samples   old_logp and H
+# one process on a CPU; tiny    whole, fp32            fp32          the policy     from sampling
+# 2 or more such processes      cut up, fp32 (FSDP2)   fp32          an fp32 copy   from sampling
+# GPUs, one process each        cut up, fp32 (FSDP2)   bf16          a bf16 copy    by `rescore`
 #
 # FSDP2, fully sharded data parallelism: of every weight, gradient and moment each process keeps a
 # part. Before a layer computes, the processes send each other their parts of it, and drop what they
@@ -3631,7 +3636,9 @@ polygon { opacity: 0.3 }
 polyline { fill: none; stroke-width: 2 }
 
 /* A token is a grid of three rows: 44 pixels, in which the bars of H and I lie over one another;
-   its text; a bar of credit. */
+   its text; a bar of credit. If its --H is 0.673, the bar .H is 0.673 times --nat high. Its
+   --credit is --EAPO, unless another button is checked: if that is 1.029, the bar .up is
+   1.029 * 14 pixels high, and .down is 0. */
 pre { position: relative; margin: 8px 0 24px; font: 17px monospace; white-space: normal }
 span { display: inline-grid; grid-template-rows: 44px auto auto; min-width: 12px;
   padding: 0 2px 8px; text-align: center; white-space: pre; vertical-align: top }
