@@ -224,7 +224,7 @@ def group_advantages(rewards, group_size):
     right or all wrong are kept out of the update anyway, see `collect_rollouts`.)
     """
     r = rewards.reshape(-1, group_size)                                         # (B, G)
-    r = r - r[:, :1]        # changes no advantage, and makes them exactly 0 if all r are equal
+    r = r - r[:, :1]        # or rounding could make them differ a little from 0 if all r are equal
     mean = r.mean(dim=1, keepdim=True)                                          # (B, 1)
     std = r.std(dim=1, keepdim=True)                                            # (B, 1)
     advantages = (r - mean) / (std + 1e-6)                                      # (B, G)   (1)
@@ -446,7 +446,7 @@ def train(cfg):
 #
 #   Config           kl_beta: float = flag(0.0, "weight of the KL penalty; 0: none")
 #   Run, Batch       the fields  reference: object = None  and  ref_logp: torch.Tensor = None
-#   open_run         after `run = Run(..)`:
+#   open_run         after `empty_sampler(run)`:
 #                    run.reference = shard(Policy(load_model(cfg, world)[0]), world, cfg.offload)
 #   sample_and_mark  before `world.begin("other")`:
 #                    if name == "train":
@@ -458,7 +458,7 @@ def train(cfg):
 # This is GRPO's estimator, "k3". The reference is the model as --model holds it, before a warm-up;
 # --resume reads it from there again. After tiny's warm-up it would still have random weights: so
 # make a base first, `--steps 0 --out base`, and start from `--model base/model`. It takes 4 bytes
-# per parameter more than `check_memory` counts.
+# per parameter, divided among the processes, which `check_memory` does not count.
 # --------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -732,7 +732,7 @@ def sample_and_mark(run, numbered, name, samples, temperature, top_p):
 
 
 def rescore(run, batch, rows, temperature, replace):
-    """Set the `gap` of these rows, between sampler and policy; replace their old_logp and H.
+    """Set the `gap` of these rows, between sampler and policy; perhaps replace old_logp and H.
 
     rho needs log-probabilities of pi_theta and pi_old that differ by nothing but the update. On
     GPUs both sampler and policy multiply in bf16, but the sampler reads its keys and values from a
@@ -1098,8 +1098,8 @@ class Policy(torch.nn.Module):
         return outside.index_put((row, t), logp), outside.index_put((row, t), H)
 
 
-# How many fp32 logits at a time: 128 MB of them on a CPU, 1 GB on a GPU. In bf16, each addition of
-# a chunk's gradient to that of the head rounds: so we want few chunks.
+# How many fp32 logits at a time: 128 MB of them on a CPU, 1 GB on a GPU. Every chunk adds its share
+# to the gradient of the head. In bf16 each addition rounds: so we want few chunks.
 LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 25
 
 
@@ -1114,7 +1114,7 @@ def log_prob_and_entropy_in_chunks(hidden, head, tokens, temperature):
         return log_prob_and_entropy(some_hidden @ head.T, some_tokens, temperature)
 
     chunk = max(1, LOGITS_AT_ONCE // len(head))                                 # tokens
-    if len(hidden) <= chunk:                            # nothing to save
+    if len(hidden) <= chunk:                            # small enough to keep
         return through_head(hidden, tokens)
     logps = []
     entropies = []
@@ -1679,7 +1679,7 @@ class Branch(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A place in a response where more than one token was likely."""
+    """A place in a response where more than one token was likely, or an unlikely one was drawn."""
     t: int                      # which token of the response it is
     drawn: Branch               # the branch that the response took
     pi: dict                    # {Branch: pi(v)} of all likely tokens, in the example .4 and .6
@@ -1695,10 +1695,7 @@ def true_credit(run, batch, problems, budget, n=16):
     s is a prefix of a response, v one of the likely next tokens, and s with v a branch. The pi(v)
     of the likely tokens are scaled to add up to 1. V(s, v) is the share of n continuations of a
     branch that are right, drawn from the whole policy (top_p 1) at the temperature of evaluations.
-    V just after one decision and V just before the next are the same chance, as nothing likely
-    happens between them. It is estimated twice, from different continuations. So the true
-    advantages of a response add up only roughly to its verdict minus its first V. Responses whose
-    branches do not fit into `budget` stay nan.
+    Responses whose branches do not fit into `budget` stay nan.
     """
     # Find the branches, and finish them many times.
     decisions, branches = choose_decisions(run, batch, budget)
@@ -1708,6 +1705,8 @@ def true_credit(run, batch, problems, budget, n=16):
 
     # Apply the formulas. V changes at decisions only. With decisions at t = 3 and 7, V is one value
     # for tokens 0 to 3, another for 4 to 7, and from there on the verdict.
+    # (V after one decision and V before the next are the same chance, but estimated twice, from
+    # different continuations. So true advantages add up only roughly to verdict - first V.)
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -1814,13 +1813,12 @@ def value_and_information(pi, values, n):
     """V(s), and I in nats, at a prefix s, from the pi(v) and the V(s, v) of its likely tokens v.
 
     pi, values: one number per token; a value is the share of n continuations that are right. So V
-    and I are estimates. `doubt` takes out most of the bias of I; what is left is
+    and I are estimates. What is left of their errors, after `doubt`, is
 
-        noise   with n = 16, about .02 where nothing is decided (I may be negative), about .1 where
-                much is. It averages out over many tokens.
-        bias    a branch with a small chance of a right answer often has 0 of n right. Then it looks
-                as if nothing were in doubt after it, and nothing is added. So I is too high there,
-                by up to about .3 / n.
+        noise   at n = 16 an I is off by about .02 where nothing is decided (so it may be negative)
+                and by about .1 where much is. This averages out over many tokens.
+        bias    say a branch is right once in 50 times. Then usually 0 of 16 are, and it looks as if
+                there were no doubt after it. So I is too high, by about .3 / n at most.
     """
     V = (pi * values).sum().clamp(max=1)                # rounding could make it 1.0000001
     variance = values * (1 - values) / n                # of each value
@@ -2299,19 +2297,29 @@ def split_number(text):
     """The number at the start of a text, as in 12, .5, 1`234.5, 4.4e7 or 1e-05, and the rest."""
     number = run_in_front(text, DIGITS + "`").rstrip("`")
     rest = text[len(number):]
-    first, *groups = number.partition(".")[0].split("`")
-    # 2004`100 and 27`54`108 are no numbers.
-    in_threes = groups != [] and all(len(group) == 3 for group in groups)
-    if in_threes and len(first) < 4 and first[0] != "0":
-        number = number.replace("`", "", len(groups))
+    whole, point, decimals = number.partition(".")
+    if is_in_thousands(whole):
+        number = whole.replace("`", "") + point + decimals
+    exponent = exponent_in_front(rest, has_point=point != "")
+    return number + exponent, rest[len(exponent):]
+
+
+def is_in_thousands(whole):
+    """1`234 is; 2004`100, 27`54`108 and 0`123 are not."""
+    first, *groups = whole.split("`")
+    if groups == [] or len(first) > 3 or first[0] == "0":
+        return False
+    return all(len(group) == 3 for group in groups)
+
+
+def exponent_in_front(rest, has_point):
+    """The e5 of 3e5, or "". 3e-5 is e times 3, minus 5; 3.0e-5, 3e-05 and 3e-12 are numbers."""
     sign = rest[1:2] if rest[1:2] in ("+", "-") else ""
-    exponent = run_in_front(rest[1 + len(sign):], digits)
-    # 3e-5 is e times 3, minus 5, while 3e5, 3.0e-5, 3e-05 and 3e-12 are numbers.
-    is_float = "." in number or sign == "" or len(exponent) > 1
-    if rest.startswith("e") and is_float and 0 < len(exponent) < 4:
-        end = 1 + len(sign) + len(exponent)
-        return number + rest[:end], rest[end:]
-    return number, rest
+    power = run_in_front(rest[1 + len(sign):], digits)
+    is_float = has_point or sign == "" or len(power) > 1
+    if rest.startswith("e") and is_float and 0 < len(power) < 4:
+        return "e" + sign + power
+    return ""
 
 
 def split_argument(text):
@@ -2470,9 +2478,9 @@ def read_parts(stack, first):
 
 def equation(left, right):
     """An equation of two numbers as one, which is the same for 2x+4y = 6 and x+2y = 3."""
-    # If an equation is multiplied by a number, so is left - right at every point, and its change
-    # from one point to another. The ratio of the two stays. Without variables there is no change,
-    # and the division refuses 2 = 3.
+    # Let d be left - right. Multiplying the equation by 2 doubles d at every point, and so
+    # d[0] - d[1]: their ratio is the same for all multiples of an equation. Without variables
+    # d[0] - d[1] is 0, and the division refuses 2 = 3.
     difference = compute_number(sub, left, right)
     change = difference[0] - difference[1]
     return [value / change for value in difference]
@@ -2545,7 +2553,7 @@ def numbers_close(ours, gold, slack):
     error = abs(ours - gold)
     if type(ours) is type(gold) is Fraction:
         return error <= slack * abs(gold)
-    # Floats near 0 have lost their digits. So where one is a float, a gold of 0 is never matched.
+    # A float near 0, such as sin(pi), is mostly rounding error. By < nothing matches a gold of 0.
     return error < max(slack, 1e-11) * abs(gold)
 
 
@@ -2711,8 +2719,8 @@ class Bar(tqdm):
 
 
 class World:
-    """The processes of a run: one, one per GPU, or as many as torchrun starts. A single one has
-    nothing to communicate.
+    """The processes of a run: a single one, one for each GPU, or as many as torchrun starts. A
+    single one has nothing to communicate.
 
     `gather` and `whole`, and whatever calls them or runs the policy, must be called by every
     process, or the others wait in vain.
@@ -3461,8 +3469,9 @@ def write_responses(run, step, name, problems, batch):
 #     <span class="fork" tabindex="0" style="--p:0.412;--H:0.673;--GRPO:0.935;--EAPO:1.029;"
 #         data-t="+   p 0.412  H 0.673 ..">(four bars)+</span>
 #
-# Its numbers are variables of its style: the bars take their heights from them, and the radio
-# buttons say which of them is --credit.
+# Its numbers are CSS variables, from which the style sheet computes the heights of its bars. That of
+# the bar of credit is --credit: rules at the end of the sheet set it to --EAPO, to --GRPO or to 10
+# times their difference, whichever radio button is checked. So the page needs no script.
 
 def shown(text):
     """Text from a model or a file as HTML."""
@@ -3683,7 +3692,7 @@ answer just before it.</p>"""
 PAGE_CAVEAT = """<p>Entropy is not surprise: it says how unsure the model was before it drew a
 token, not how unlikely that token was. A slip, drawn with p near 0 where the model was sure, has a
 low H, and EAPO blames it less than GRPO does, even if it cost the answer.</p>"""
-BAR_ROOM = 44           # pixels, the first of the rows above
+BAR_ROOM = 44           # pixels, as in the grid of a token above
 BARS = '<i class="H"></i><i class="I"></i><i class="up"></i><i class="down"></i>'
 
 
