@@ -3469,9 +3469,9 @@ def write_responses(run, step, name, problems, batch):
 #     <span class="fork" tabindex="0" style="--p:0.412;--H:0.673;--GRPO:0.935;--EAPO:1.029;"
 #         data-t="+   p 0.412  H 0.673 ..">(four bars)+</span>
 #
-# Its numbers are CSS variables, from which the style sheet computes the heights of its bars. That of
-# the bar of credit is --credit: rules at the end of the sheet set it to --EAPO, to --GRPO or to 10
-# times their difference, whichever radio button is checked. So the page needs no script.
+# Its numbers are CSS variables, from which the style sheet computes the heights of its bars. For
+# the bar of credit that is --credit: rules at the end of the sheet set it to --EAPO, to --GRPO or
+# to 10 times their difference, whichever radio button is checked. So the page needs no script.
 
 def shown(text):
     """Text from a model or a file as HTML."""
