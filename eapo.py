@@ -224,7 +224,9 @@ def group_advantages(rewards, group_size):
     right or all wrong are kept out of the update anyway, see `collect_rollouts`.)
     """
     r = rewards.reshape(-1, group_size)                                         # (B, G)
-    r = r - r[:, :1]        # or rounding could make them differ a little from 0 if all r are equal
+    # No advantage changes if r is shifted. But equal rewards now are exactly 0; else rounding their
+    # mean, divided by 1e-6, could give an advantage of .1.
+    r = r - r[:, :1]
     mean = r.mean(dim=1, keepdim=True)                                          # (B, 1)
     std = r.std(dim=1, keepdim=True)                                            # (B, 1)
     advantages = (r - mean) / (std + 1e-6)                                      # (B, G)   (1)
@@ -801,7 +803,7 @@ def score(policy, world, batch, temperature):
 # responses differ much in length, a batch that waits for its longest one leaves most of its slots
 # idle. So, as soon as G slots are free, the next prompt is read (prefill), and its G responses
 # start in them, while the other slots go on where they are. Every decode step adds one token to
-# each response.
+# each response that has a slot.
 #
 #     place    0 1 2 3 4 5 6 7 8 9
 #     slot 0   p p p p r r r ^            p   key and value of a prompt token
@@ -1704,9 +1706,9 @@ def true_credit(run, batch, problems, budget, n=16):
         return
 
     # Apply the formulas. V changes at decisions only. With decisions at t = 3 and 7, V is one value
-    # for tokens 0 to 3, another for 4 to 7, and from there on the verdict.
-    # (V after one decision and V before the next are the same chance, but estimated twice, from
-    # different continuations. So true advantages add up only roughly to verdict - first V.)
+    # for tokens 0 to 3, another for 4 to 7, and from there on the verdict. (The V after a decision
+    # and the V before the next are the same chance, but estimated twice, from different
+    # continuations. So true advantages add up only roughly to the verdict minus the first V.)
     batch.V = torch.full(batch.mask.shape, torch.nan)
     batch.I = batch.V.clone()
     batch.true_advantage = batch.V.clone()
@@ -2214,7 +2216,7 @@ def scan(text, thousands, is_prose=False):
     r"""The tokens of LaTeX: \frac, 12, x_1, +. Here xy is x times y; but in prose, like \text{} or
     no solution, a run of letters is a word. The token of a word begins with a quote.
 
-    thousands: whether commas may separate them.
+    thousands: whether a comma may separate thousands, as in 1,234; else it separates a list.
     """
     for other, spelling in CHARACTERS.items():
         text = text.replace(other, spelling)
@@ -3319,7 +3321,7 @@ def one_line_errors(source):
     """Turn what goes wrong with a file, a model, a disk or the network into one line."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, torch.OutOfMemoryError):
         raise
     except BaseException as error:      # torch's CheckpointException is no Exception
         message = f"{type(error).__name__}: {error} {error.__cause__ or ''}"

@@ -1790,6 +1790,12 @@ def test_a_calculation_with_a_set_or_a_word_is_not_read():
         assert eapo.answer_in_words(text) is None
 
 
+def test_a_gold_that_is_an_equation_is_compared_whole():
+    """x = 3 says what 2x = 6 says. The other way round 2x = 6 may just repeat the problem."""
+    assert eapo.same_answer("x = 3", "2x = 6")
+    assert not eapo.same_answer("2x = 6", "x = 3")
+
+
 def test_a_variable_differs_at_all_points():
     """Where two were the same, an equation in it would not change, and be refused."""
     for name in ("x", "R", *eapo.VARIABLES, *(f"x_{n}" for n in range(300))):
